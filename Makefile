@@ -1,0 +1,48 @@
+# `make` alone lists the commands. `make demo PYTHON=python3.12` takes another interpreter than python3.
+MAKEFLAGS += --no-print-directory
+PYTHON ?= python3
+export PYTHON
+py := .venv/bin/python
+
+.PHONY: help demo test check format lock snapshot clean
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## set up .venv and answer test_input.json on the real engine
+	@scripts/setup.sh demo
+	@$(py) handler.py --test_input "$$(cat test_input.json)"
+
+test: ## set up .venv and run the tests
+	@scripts/setup.sh test
+	@$(py) -m pytest -q
+
+check: ## formatting, lint, types, the README's file tree
+	@scripts/setup.sh test
+	@$(py) -m ruff format --check --quiet .
+	@$(py) -m ruff check --quiet .
+	@$(py) -m mypy
+	@$(py) scripts/check_tree.py
+
+format: ## format, and fix what ruff can fix
+	@scripts/setup.sh test
+	@$(py) -m ruff format .
+	@$(py) -m ruff check --fix .
+
+snapshot: ## train, quantise and write snapshots/demo again
+	@scripts/setup.sh bake
+	@.venv-bake/bin/python builder/demo_model.py
+
+# No index address, host name or path gets into a lock; pins stay as they are unless UPGRADE=1.
+compile := UV_CUSTOM_COMPILE_COMMAND="make lock" scripts/uv.sh pip compile --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
+override := --overrides requirements/overrides
+lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
+	@$(compile) requirements/installer.in -o requirements/installer.lock
+	@$(compile) $(override).txt $(override)-cpu.txt requirements/cpu.in -o requirements/cpu.lock
+	@$(compile) $(override).txt requirements/gpu.in -o requirements/gpu.lock
+	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/dev.in -o requirements/dev.lock
+	@$(compile) $(override)-cpu.txt requirements/bake.in requirements/torch-cpu.in -o requirements/bake.lock
+
+clean: ## remove the environments, tools and caches (not the ledger)
+	@rm -rf .venv .venv-bake .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,15 @@
+"""The worker's entry point: boot the engine from its snapshot, then serve jobs.
+
+On Runpod the jobs come from the endpoint; elsewhere one job comes from `--test_input` or test_input.json.
+Read on in `src/coldsnap/boot.py`, `job.py` and `cost.py`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+if __name__ == "__main__":  # the engine's child processes may import this file
+    from coldsnap.worker import main
+
+    sys.exit(main())

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Makes the environment for `demo`, `test` or `bake` from the lock files; where that is done, it returns at once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+
+die() { echo "coldsnap: $*" >&2; exit 1; }
+
+[ "$(uname -s) $(uname -m)" = "Linux x86_64" ] ||
+    die "needs Linux on x86-64, the platform of vLLM's wheels; this is $(uname -s) on $(uname -m)"
+
+device=cpu
+if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then device=gpu; fi
+case ${1:-demo} in
+    demo) env=.venv locks=("requirements/$device.lock") ;;
+    test) env=.venv locks=("requirements/$device.lock" requirements/dev.lock) ;;
+    bake) env=.venv-bake locks=(requirements/bake.lock) device=cpu ;; # quantising needs no GPU
+    *) die "usage: scripts/setup.sh demo|test|bake" ;;
+esac
+torch=requirements/torch-cpu.txt
+stamp=$env/.made-from # one hash a file that the environment was made from
+if [ $device = cpu ]; then sources=("${locks[@]}" "$torch"); else sources=("${locks[@]}"); fi
+wanted=$(sha256sum "${sources[@]}")
+
+# The stamp is written last, so an interrupted run left none; if site-packages are younger, someone changed them.
+intact() {
+    local packages
+    packages=$(echo $env/lib/python3*/site-packages)
+    [ -f $stamp ] && [ -x $env/bin/python ] && [ -d "$packages" ] && [ ! "$packages" -nt $stamp ]
+}
+within() { ! grep -qvxFf <(echo "$2") <<<"$1"; } # is each line of $1 one of $2?
+ready() { intact && within "$wanted" "$(cat $stamp)"; }
+
+if ready; then exit 0; fi
+
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || version=missing
+case $version in
+    3.11 | 3.12 | 3.13 | 3.14) ;;
+    *) die "needs Python 3.11 to 3.14, and $python is $version: install one and name it (PYTHON=python3.12 make demo)" ;;
+esac
+
+mkdir -p .tools
+exec 9>.tools/lock # two `make` at once: the second one waits, then finds the work done
+flock 9
+if ready; then exit 0; fi
+started=$SECONDS
+
+# A demo environment grows into a test one; any other difference means a new one.
+if ! intact || ! within "$(cat $stamp)" "$wanted"; then
+    echo "coldsnap: making $env ($device, Python $version); the first time fetches 1 GB or more" >&2
+    scripts/uv.sh venv --quiet --clear --python "$("$python" -c 'import sys; print(sys.executable)')" $env
+fi
+rm -f $stamp
+
+# The lock is complete, so nothing is left to resolve (and pip's resolver would refuse: overrides.txt says why).
+# Wheels only: no compiler is needed and no setup.py is run. Without bytecode every cold start would compile.
+if [ -t 2 ]; then output=(); else output=(--quiet); fi # progress bars are for people
+install() { scripts/uv.sh pip install "${output[@]}" --python $env --no-deps --no-build --compile-bytecode "$@"; }
+
+# torch first, as the one that may be nowhere to be found. `--torch-backend` is uv's own knowledge of PyTorch's
+# CPU index, but it would look for triton there too: so torch is a step of its own.
+if [ $device = cpu ]; then
+    pin=$(sed -n 's/^torch==//p' $torch)
+    from=(--torch-backend cpu)
+    for folder in $(scripts/uv.sh --pip-setting find-links); do
+        folder=${folder#file://}
+        # A `+` in a file name may be written %2B.
+        if compgen -G "$folder/torch-${pin/+/*}-cp${version/./}-*.whl" >/dev/null; then from=(--find-links "$folder"); fi
+    done
+    install "${from[@]}" -r $torch ||
+        die "could not fetch torch $pin for Python $version (uv's message is above): it needs PyTorch's own index, or" \
+            "a folder with that wheel named by PIP_FIND_LINKS"
+fi
+install "${locks[@]/#/--requirements=}" ||
+    die "could not install the packages (uv's message is above); the same command again goes on from here"
+
+$env/bin/python -m compileall -q src builder handler.py >/dev/null || true # a syntax error is for the checks to tell
+echo "$wanted" >$stamp
+echo "coldsnap: $env is ready ($((SECONDS - started)) s)" >&2

@@ -1,0 +1,142 @@
+"""Environment variables and the manifest into vLLM's own arguments, checked by vLLM's own parser.
+
+There is no list of vLLM's arguments here: `TENSOR_PARALLEL_SIZE=2` is an argument because the parser that
+vLLM made has `--tensor-parallel-size`. Precedence: environment, then manifest, then vLLM's default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import orjson
+
+from coldsnap.errors import SettingsError
+
+ALIASES: Mapping[str, str] = {
+    "MODEL_REVISION": "revision",
+    "TOKENIZER_NAME": "tokenizer",
+    "CUSTOM_CHAT_TEMPLATE": "chat_template",
+}
+"""worker-vllm's names for arguments that vLLM calls otherwise."""
+
+# fmt: off
+_NOT_FROM_ENVIRONMENT = frozenset({
+    "help", "model", "model_tag", "config", "host", "port", "uds", "api_key", "root_path", "headless",
+    "api_server_count", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
+    "enable_ssl_refresh", "ssl_ciphers", "allow_credentials", "allowed_origins", "allowed_methods",
+    "allowed_headers", "uvicorn_log_level", "disable_uvicorn_access_log", "middleware",
+})
+# fmt: on
+"""The model, which is the snapshot, and arguments of vLLM's HTTP server, which this worker does not run."""
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+_LOOKS_MEANT = 0.86
+"""difflib ratio from which a variable is taken for a misspelt argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A parsed command line and where each of its values came from."""
+
+    namespace: argparse.Namespace
+    origins: Mapping[str, str]
+    """Argument name -> what to call it in an error: the variable, or the manifest's key."""
+    suspects: Mapping[str, str]
+    """Unknown variable -> the argument's variable that it resembles."""
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    *,
+    fixed: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    environ: Mapping[str, str],
+) -> Arguments:
+    """Parse `fixed` (the worker's own choices), `environ` and `manifest` with vLLM's parser.
+
+    Raises `SettingsError` that names the variable, or the manifest's key, whose value is wrong.
+    """
+    actions = _actions(parser)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, value in manifest.items():
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SettingsError(f"coldsnap.json: engine_args.{name}: vLLM has no such argument{hint}")
+        values[name], origins[name] = value, f"coldsnap.json: engine_args.{name}"
+    for variable, value in environ.items():
+        name = ALIASES.get(variable) or (variable.lower() if variable.isupper() else "")
+        if name in actions and name not in _NOT_FROM_ENVIRONMENT and value.strip():
+            values[name], origins[name] = value.strip(), variable
+    for name, value in fixed.items():
+        values[name], origins[name] = value, name
+    argv: list[str] = []
+    for name, value in values.items():
+        argv += _words(actions[name], value, origins[name])
+
+    def fail(message: str) -> NoReturn:
+        raise SettingsError(_by_origin(message, origins))
+
+    parser.error = fail  # type: ignore[method-assign]
+    return Arguments(parser.parse_args(argv), origins, _suspects(environ, actions))
+
+
+def blame(arguments: Arguments, message: str) -> str:
+    """Put the variable's name before a complaint of vLLM's configuration that names an argument."""
+    for name, origin in arguments.origins.items():
+        if re.search(rf"\b{re.escape(name)}\b", message) or f"--{name.replace('_', '-')}" in message:
+            return f"{origin}: {message}"
+    return message
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {
+        option[2:].replace("-", "_"): action
+        for action in parser._actions  # noqa: SLF001 -- argparse has no public way to list its options
+        for option in action.option_strings
+        if option.startswith("--") and not option.startswith("--no-")
+    }
+
+
+def _words(action: argparse.Action, value: Any, origin: str) -> list[str]:
+    flag = next(option for option in action.option_strings if option.startswith("--"))
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        text = str(value).strip().lower()
+        if text not in _TRUE | _FALSE:
+            raise SettingsError(f"{origin}: expected true or false, found {value!r}")
+        if text in _TRUE:
+            return [flag]
+        negative = [option for option in action.option_strings if option.startswith("--no-")]
+        return negative[:1]
+    if action.nargs in {"+", "*"}:
+        items = value if isinstance(value, list | tuple) else [item.strip() for item in str(value).split(",")]
+        return [flag, *(str(item) for item in items if str(item))]
+    if isinstance(value, dict | list):
+        return [flag, orjson.dumps(value).decode()]
+    return [f"{flag}={value}"]
+
+
+def _by_origin(message: str, origins: Mapping[str, str]) -> str:
+    if match := re.match(r"argument (--[\w-]+)[^:]*: (.*)", message, re.DOTALL):
+        name = match[1][2:].removeprefix("no-").replace("-", "_")
+        if name in origins:
+            return f"{origins[name]}: {match[2]}"
+    return message
+
+
+def _suspects(environ: Mapping[str, str], actions: Mapping[str, Any]) -> dict[str, str]:
+    names = [name for name in actions if name not in _NOT_FROM_ENVIRONMENT and "_" in name]
+    suspects = {}
+    for variable in environ:
+        name = variable.lower()
+        if "_" in name and variable.isupper() and name not in actions and variable not in ALIASES:
+            for near in difflib.get_close_matches(name, names, 1, _LOOKS_MEANT):
+                suspects[variable] = near.upper()
+    return suspects

@@ -1,0 +1,157 @@
+"""A worker's life up to ready, in the order it happens.
+
+environment -> settings -> snapshot (hashed beside the import) -> vLLM's import -> engine -> warm-up -> ready
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, MutableMapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from coldsnap import snapshot, vllm_engine
+from coldsnap.engine import Engine
+from coldsnap.errors import SettingsError
+from coldsnap.records import ColdStart
+from coldsnap.settings import Settings
+from coldsnap.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """An engine that runs, and what its cold start has cost so far."""
+
+    engine: Engine
+    settings: Settings
+    timeline: Timeline
+    manifest: snapshot.Manifest | None
+
+    def cold_start(self) -> ColdStart:
+        """Return the record of this boot; its phases add up to now."""
+        info = self.engine.info
+        return ColdStart(
+            worker_id=self.settings.worker_id,
+            endpoint_id=self.settings.endpoint_id,
+            gpu=info.gpu,
+            gpu_count=info.gpu_count,
+            snapshot_digest=info.weights_digest,
+            vllm=info.version,
+            seconds=round(self.timeline.total, 6),
+            phases={name: round(seconds, 6) for name, seconds in self.timeline.phases.items()},
+            beside={name: round(seconds, 6) for name, seconds in self.timeline.beside.items()},
+            snapshot_bytes=self.manifest.size if self.manifest else None,
+            model=info.models[0],
+        )
+
+
+def boot(
+    settings: Settings,
+    timeline: Timeline,
+    environ: MutableMapping[str, str],
+    *,
+    beside_engine: dict[str, Callable[[], object]] | None = None,
+) -> Booted:
+    """Start the engine that `settings` describe.
+
+    `beside_engine` names work to run in a thread while the engine's process starts up. Raises `BootError`
+    with one sentence; then nothing has been served and no process is left.
+    """
+    folder = settings.snapshot()
+    manifest = None if folder is None else snapshot.load_manifest(folder)
+    check: Future[float] | None = None
+    if folder is not None and manifest is not None:
+        _same_model(settings, manifest)
+        snapshot.verify(folder, manifest, "size")
+        check = _beside(lambda: snapshot.verify(folder, manifest, settings.snapshot_verify), "verify")
+    others = Settings.others(environ)
+    environ.update(vllm_engine.environment(environ) | _offline(settings, folder))
+    timeline.mark("settings")
+
+    vllm_engine.load()
+    timeline.mark("import_vllm")
+    if check is not None:
+        timeline.beside["verify"] = check.result()
+    timeline.mark("verify")
+
+    spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}
+    names = settings.served_model_name or ((manifest.served_model_name,) if manifest else ())
+    engine = vllm_engine.boot(
+        model=str(folder or settings.model_name),
+        fixed={"served_model_name": names} if names else {},
+        manifest=manifest.engine_args if manifest else {},
+        environ=environ,
+        engine_environ=others,
+        digest=manifest.digest if manifest else None,
+        mark=timeline.mark,
+        warn=_warn,
+    )
+    for name, spare in spares.items():
+        timeline.beside[name] = spare.result()
+        timeline.mark(name)
+    return Booted(engine, settings, timeline, manifest)
+
+
+def _same_model(settings: Settings, manifest: snapshot.Manifest) -> None:
+    asked = settings.model_name
+    if asked is None or Path(asked).is_dir() or asked in {manifest.source.repo, manifest.served_model_name}:
+        return
+    raise SettingsError(
+        f"MODEL_NAME: {asked!r} is not what the snapshot in {settings.snapshot_dir} holds, which is "
+        f"{manifest.source.repo!r}; unset one of the two"
+    )
+
+
+def _offline(settings: Settings, folder: Path | None) -> dict[str, str]:
+    if folder is None:
+        return {"HF_TOKEN": settings.hf_token} if settings.hf_token else {}
+    return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def _beside(work: Callable[[], object], name: str) -> Future[float]:
+    """Run `work` in a thread; the future gives the seconds it took, or raises what it raised."""
+    future: Future[float] = Future()
+
+    def run() -> None:
+        started = time.monotonic()
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 -- handed to whoever asks for the result
+            future.set_exception(error)
+        else:
+            future.set_result(time.monotonic() - started)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+class _AfterFork:
+    """Work for a thread that starts once the engine is forked: a fork must see no other thread.
+
+    The engine's process forks its own workers and inherits the hook, hence the comparison of process ids.
+    """
+
+    def __init__(self, work: Callable[[], object], name: str) -> None:
+        self._work = work
+        self._name = name
+        self._process = os.getpid()
+        self._future: Future[float] | None = None
+        os.register_at_fork(after_in_parent=self._start)
+
+    def result(self) -> float:
+        """Wait for the work, beginning it now if nothing was forked; return the seconds it took."""
+        self._start()
+        assert self._future is not None
+        return self._future.result()
+
+    def _start(self) -> None:
+        if self._future is None and os.getpid() == self._process:
+            self._future = _beside(self._work, self._name)
+
+
+def _warn(message: str) -> None:
+    print(f"coldsnap: {message}", file=sys.stderr, flush=True)  # noqa: T201

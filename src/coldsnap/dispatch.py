@@ -1,0 +1,148 @@
+"""Jobs by event: what this worker changes about the SDK's scaler. It knows the SDK but does not import it.
+
+The SDK wakes every 100 ms to start jobs, counts the queue and the running jobs twice when it asks for more,
+is deaf to cancels for a second after each idle poll, and drains without a deadline. Here a job starts when it
+arrives, intake goes on while others run, and SIGTERM gives running jobs a fixed time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any, Protocol
+
+TESTED_SDK = "1.12."
+
+_TAKE_SECONDS = 90.0
+"""How long one job-take may be held open, as in the SDK."""
+_TOO_MANY_SECONDS = 5.0
+"""The SDK's own pause after a 429."""
+_LEAST_POLL_SECONDS = 0.1
+"""An answer that comes at once, again and again, must not make the stop channel spin."""
+_LAST_POSTS_SECONDS = 5.0
+"""For the POSTs of jobs that a drain has ended."""
+
+
+class Worker(Protocol):
+    """What the scaler asks of the process around it."""
+
+    concurrency: int
+    drain_seconds: float
+
+    def attach(self, scaler: Any) -> None:
+        """Remember the scaler, whose `kill_worker` begins the drain."""
+
+    async def ready(self) -> None:
+        """Make ready for jobs, in their event loop; none is taken before this returns."""
+
+    async def watch(self) -> None:
+        """Run beside the jobs until cancelled."""
+
+    def stop_jobs(self) -> None:
+        """End every running job with an error."""
+
+
+def differs(version: str, scaler: type) -> str | None:
+    """Return how the SDK's scaler differs from the one that this module was written for, or None."""
+    if not version.startswith(TESTED_SDK):
+        return "not a tested release"
+    needed = ("run", "handle_job", "stop_job", "kill_worker")
+    missing = [name for name in needed if not callable(getattr(scaler, name, None))]
+    return f"JobScaler has no {', '.join(missing)}" if missing else None
+
+
+def event_driven(sdk: Any, worker: Worker) -> type:
+    """Return `sdk.JobScaler` with its polling replaced; how a job is handled and posted stays the SDK's."""
+    return type("EventDrivenScaler", (_EventDriven, sdk.JobScaler), {"sdk": sdk, "worker": worker})
+
+
+class _EventDriven:
+    sdk: Any
+    worker: Worker
+    jobs_queue: asyncio.Queue[dict[str, Any]]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)  # type: ignore[call-arg] # JobScaler's
+        self.jobs_queue = asyncio.Queue()
+        self._running: set[asyncio.Task[None]] = set()
+        self.worker.attach(self)
+
+    async def run(self: Any) -> None:
+        """Replace the SDK's three loops; ends when the drain after SIGTERM has ended."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.kill_worker)
+        async with self.sdk.AsyncClientSession() as session:
+            await self.worker.ready()
+            take = asyncio.create_task(self._take(session))
+            others = [asyncio.create_task(self.worker.watch())]
+            if self.sdk._job_stop_url() is not None:  # noqa: SLF001 -- how the SDK itself asks
+                others.append(asyncio.create_task(self.monitor_stop_signals(session)))
+            await self._shutdown_event.wait()
+            await self._drain(take)
+            others += self._running
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+    async def monitor_stop_signals(self: Any, session: Any) -> None:
+        """Poll the stop channel without a pause."""
+        loop = asyncio.get_running_loop()
+        while True:
+            begun = loop.time()
+            try:
+                for job_id in await self.stop_signals_fetcher(session):
+                    await self.stop_job(job_id)
+            except Exception as error:  # noqa: BLE001 -- whatever the request raises, the channel stays open
+                await self._request_failed("poll the stop channel", error)
+            else:
+                await asyncio.sleep(max(0.0, _LEAST_POLL_SECONDS - (loop.time() - begun)))
+
+    async def _take(self: Any, session: Any) -> None:
+        """Take jobs until cancelled: also while draining, because the open request may still deliver."""
+        while True:
+            while (free := self.worker.concurrency - len(self._running)) <= 0:
+                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            fetch = asyncio.ensure_future(self.jobs_fetcher(session, free))
+            try:
+                await asyncio.wait([fetch], timeout=_TAKE_SECONDS)
+            finally:
+                if fetch.done() and not fetch.cancelled() and fetch.exception() is None:
+                    for job in fetch.result() or ():
+                        self._begin(session, job)
+                fetch.cancel()
+            if fetch.done() and not fetch.cancelled() and (error := fetch.exception()) is not None:
+                await self._request_failed("take a job", error)
+
+    def _begin(self: Any, session: Any, job: dict[str, Any]) -> None:
+        self.jobs_queue.put_nowait(job)  # handle_job ends with task_done(), which counts
+        self.jobs_queue.get_nowait()
+        self.job_progress.add(job)
+        task = asyncio.create_task(self.handle_job(session, job))
+        self.jobs_tasks[job["id"]] = task  # where the stop channel looks
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # handle_job has logged it
+
+    async def _drain(self, take: asyncio.Task[None]) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.worker.drain_seconds
+        while self._running and (left := deadline - loop.time()) > 0:
+            await asyncio.wait(self._running, timeout=left)
+        take.cancel()
+        await asyncio.wait([take])
+        if self._running:
+            self.worker.stop_jobs()
+            await asyncio.wait(self._running, timeout=_LAST_POSTS_SECONDS)
+
+    async def _request_failed(self, what: str, error: BaseException) -> None:
+        if isinstance(error, self.sdk.TooManyRequests):
+            await asyncio.sleep(_TOO_MANY_SECONDS)
+            return
+        message = f"Failed to {what}: {type(error).__name__}: {error}"
+        self.sdk.log.error(message)
+        await asyncio.sleep(1)

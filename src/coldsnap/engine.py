@@ -1,0 +1,111 @@
+"""The border to the inference engine: what goes in, what comes out, and nothing of vLLM or the SDK.
+
+Everything that crosses is plain data of ours, so that the engine's front end may live in this process
+(`vllm_engine.VllmEngine`) or, one day, in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is being served, and on what."""
+
+    version: str
+    """vLLM's version."""
+    gpu: str
+    """The accelerator's name as the platform reports it, or the processor's on a CPU."""
+    gpu_count: int
+    """GPUs that one second of this worker occupies; 1 on a CPU."""
+    models: tuple[str, ...]
+    """Names that a request may ask for; the first is the default."""
+    max_model_len: int
+    """Tokens of context: prompt and completion together."""
+    weights_digest: str | None = None
+    """Digest of the snapshot, if one was verified."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """What the engine notes of one job while it runs. Readable at any time, also after a cancel.
+
+    Times are seconds of the monotonic clock (`time.monotonic`); 0.0 means not yet.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    queue_seconds: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+    gpu_seconds: float = 0.0
+    sequences: int = 0
+    """Completions started: `n`, times the prompts of a batched request."""
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One native request. Exactly one of `prompt` and `messages` is set."""
+
+    id: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """vLLM's `SamplingParams` by name; the engine checks names, types and ranges."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Extra variables for the chat template, such as `enable_thinking`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one completion since its last delta; whole characters only."""
+
+    text: str
+    index: int = 0
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One request to the engine's own HTTP application."""
+
+    method: str
+    path: str
+    query: str = ""
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """The application's answer. `chunks` ends when the body does; leaving early aborts the request."""
+
+    status: int
+    content_type: str
+    chunks: AsyncIterator[bytes]
+
+
+class Engine(Protocol):
+    """A booted engine. Every method raises only errors of `coldsnap.errors`."""
+
+    info: EngineInfo
+
+    def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
+        """Yield deltas until every completion has finished. Closing the generator aborts the request."""
+
+    def http(self, request: HttpRequest, meter: Meter) -> AbstractAsyncContextManager[HttpResponse]:
+        """Call the engine's OpenAI-compatible application in-process."""
+
+    async def warm_up(self) -> None:
+        """Take the first-request costs (lazy imports, tokenizer, one engine step) before a user does."""
+
+    def check(self) -> None:
+        """Raise `EngineDead` if the engine's process is known to be gone."""
+
+    def close(self) -> None:
+        """Stop the engine and its processes."""

@@ -1,0 +1,102 @@
+"""Every error that coldsnap raises, in one tree.
+
+A `BootError` ends the process before anything is served: one line on stderr, exit code 1.
+A `JobError` ends one job; the worker serves the next one. `status` is the HTTP status that an
+OpenAI client gets, `type` the OpenAI error type.
+`EngineDead` ends the job and the worker: the platform starts another.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ColdsnapError(Exception):
+    """Base of the tree; `message` is one sentence that names the field or file and what would be right."""
+
+    status: int = 500
+    type: str = "internal_server_error"
+    survives: ClassVar[bool] = True
+    """Whether the worker goes on serving afterwards."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, object]:
+        """Return the error as the body that OpenAI clients parse."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
+        return {"error": error}
+
+
+class BootError(ColdsnapError):
+    """The worker cannot start."""
+
+    survives = False
+
+
+class SettingsError(BootError):
+    """An environment variable has a wrong value; the message names it."""
+
+
+class SnapshotError(BootError):
+    """The snapshot is not what its manifest says; the message names the file."""
+
+
+class EngineBootError(BootError):
+    """vLLM refused the model or its arguments."""
+
+
+class JobError(ColdsnapError):
+    """One job failed; nothing else did."""
+
+
+class InvalidInput(JobError):
+    """The job's input is wrong; `param` names the field."""
+
+    status = 400
+    type = "BadRequestError"
+
+
+class ModelNotFound(InvalidInput):
+    """The job names a model that this worker does not serve."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class RouteNotFound(InvalidInput):
+    """The job names a route that vLLM does not have for this model."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class RouteRefused(InvalidInput):
+    """The job names a route that is not on the allow-list."""
+
+    status = 403
+    type = "PermissionDeniedError"
+
+
+class MethodNotAllowed(InvalidInput):
+    """The route exists, but not for this HTTP method."""
+
+    status = 405
+    type = "MethodNotAllowedError"
+
+
+class Draining(JobError):
+    """The job reached a worker that is shutting down and could not be finished in time."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+
+class EngineDead(ColdsnapError):
+    """The engine process is gone. Its jobs fail; the worker exits so that another is started."""
+
+    status = 500
+    type = "EngineDeadError"
+    survives = False

@@ -1,0 +1,416 @@
+"""One job, from what the platform delivers to what goes back.
+
+job -> request (checked) -> engine stream -> deltas or SSE events -> paced chunks -> record
+
+Three shapes are understood: native (`prompt` or `messages`), the platform's OpenAI passthrough
+(`openai_route`, `openai_input`) and worker-vllm's generic one (`route`, `body`, `method`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from coldsnap import routes
+from coldsnap.engine import Delta, Engine, Generation, HttpRequest, Meter
+from coldsnap.errors import ColdsnapError, InvalidInput, JobError, ModelNotFound, RouteNotFound
+from coldsnap.records import Request, Sink
+from coldsnap.settings import Settings
+from coldsnap.stream import Paced
+
+NATIVE = ("prompt", "messages", "sampling_params", "stream", "model", "chat_template_kwargs")
+OPENAI = ("openai_route", "openai_input")
+GENERIC = ("route", "body", "method")
+
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_NOT_FOUND = 404
+_ERROR_STATUS = 400
+
+_CHUNK_CHARACTERS = 160_000
+"""A chunk of the platform is at most 1 MB, and JSON needs at most six bytes for a character."""
+
+Chunk = dict[str, Any] | str
+"""What one POST carries: a native dict, whole events of an SSE stream, or a whole OpenAI answer."""
+Piece = Delta | Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """A checked native job."""
+
+    generation: Generation
+    stream: bool
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Http:
+    """A checked job for one of vLLM's own routes."""
+
+    request: HttpRequest
+    stream: bool
+    model: str
+
+
+class Jobs:
+    """Runs jobs on an engine and records each. `handle` is the SDK's handler.
+
+    `on_fatal` is called when a job finds that the worker cannot go on; the job itself ends with its error.
+    """
+
+    def __init__(
+        self, engine: Engine, settings: Settings, sink: Sink, on_fatal: Callable[[ColdsnapError], None]
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._sink = sink
+        self._on_fatal = on_fatal
+        self._running: set[Paced[Piece, Chunk]] = set()
+
+    async def handle(self, job: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """Yield the job's chunks; a job that fails ends with `{"error": <JSON of an OpenAI error body>}`."""
+        paced = Paced(self._run(job), _join, self._settings.chunk_interval_ms / 1000)
+        self._running.add(paced)
+        # A cancel may find the SDK inside a POST: then nothing is raised here, but its task ends at once.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self._end(paced))
+        try:
+            async for chunk in paced.chunks():
+                yield chunk
+        except ColdsnapError as error:
+            if not error.survives:
+                self._on_fatal(error)
+            yield {"error": orjson.dumps(error.body()).decode()}
+        finally:
+            self._end(paced)
+
+    def stop(self, reason: ColdsnapError) -> None:
+        """End every running job with `reason`."""
+        for paced in tuple(self._running):
+            paced.stop(reason)
+
+    def _end(self, paced: Paced[Piece, Chunk]) -> None:
+        paced.stop()
+        self._running.discard(paced)
+
+    async def _run(self, job: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+        arrival = time.monotonic()
+        meter = Meter()
+        request: Native | Http | None = None
+        error: str | None = None
+        try:
+            request = parse(job, self._engine.info.models)
+            stream = (
+                self._native(request, meter) if isinstance(request, Native) else self._http(request, meter)
+            )
+            async with contextlib.aclosing(stream):
+                async for piece in stream:
+                    yield piece
+        except ColdsnapError as failure:
+            error = failure.type
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            error = "cancelled"
+            raise
+        except Exception as failure:
+            error = type(failure).__name__
+            raise JobError(f"{type(failure).__name__}: {failure}") from failure
+        finally:
+            self._sink.write(self._record(str(job.get("id")), request, meter, arrival, error))
+
+    async def _native(self, request: Native, meter: Meter) -> AsyncGenerator[Piece, None]:
+        texts: dict[int, list[str]] = {}
+        finish: dict[int, str] = {}
+        async with contextlib.aclosing(self._engine.generate(request.generation, meter)) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason:
+                    finish[delta.index] = delta.finish_reason
+                if request.stream:
+                    yield delta
+                else:
+                    texts.setdefault(delta.index, []).append(delta.text)
+        last: dict[str, Any] = {"text": ""} if request.stream else {"text": "".join(texts.get(0, ()))}
+        if len(finish) > 1:
+            last["choices"] = [
+                {"index": i, "finish_reason": reason}
+                | ({} if request.stream else {"text": "".join(texts.get(i, ()))})
+                for i, reason in sorted(finish.items())
+            ]
+        yield last | {
+            "finish_reason": finish.get(0),
+            "usage": {
+                "prompt_tokens": meter.prompt_tokens,
+                "cached_tokens": meter.cached_tokens,
+                "completion_tokens": meter.completion_tokens,
+                "total_tokens": meter.prompt_tokens + meter.completion_tokens,
+            },
+            "gpu_seconds": self._gpu_seconds(meter),
+        }
+
+    async def _http(self, request: Http, meter: Meter) -> AsyncGenerator[Piece, None]:
+        async with self._engine.http(request.request, meter) as response:
+            if response.status < _ERROR_STATUS and response.content_type.startswith("text/event-stream"):
+                async for events in _whole_events(response.chunks):
+                    yield events
+                self._engine.check()
+                return
+            content = b"".join([chunk async for chunk in response.chunks])
+            if response.status >= _ERROR_STATUS:
+                self._engine.check()
+                raise _Answered(response.status, content, request.request.path)
+            yield orjson.loads(content) if content else {"status": response.status}
+
+    def _gpu_seconds(self, meter: Meter) -> float:
+        return round(meter.gpu_seconds * self._engine.info.gpu_count, 6)
+
+    def _record(
+        self, job_id: str, request: Native | Http | None, meter: Meter, arrival: float, error: str | None
+    ) -> Request:
+        info = self._engine.info
+        between = meter.completion_tokens - meter.sequences
+        return Request(
+            worker_id=self._settings.worker_id,
+            endpoint_id=self._settings.endpoint_id,
+            gpu=info.gpu,
+            gpu_count=info.gpu_count,
+            snapshot_digest=info.weights_digest,
+            vllm=info.version,
+            job_id=job_id,
+            route="native" if not isinstance(request, Http) else request.request.path,
+            model=request.model if request else info.models[0],
+            stream=request.stream if request else False,
+            prompt_tokens=meter.prompt_tokens,
+            cached_tokens=meter.cached_tokens,
+            completion_tokens=meter.completion_tokens,
+            queue_seconds=round(meter.queue_seconds, 6),
+            ttft_seconds=round(meter.first_token - arrival, 6) if meter.first_token else None,
+            itl_seconds=round((meter.last_token - meter.first_token) * max(meter.sequences, 1) / between, 6)
+            if between > 0
+            else None,
+            duration_seconds=round(time.monotonic() - arrival, 6),
+            finish_reason=None if error else meter.finish_reason,
+            error=error,
+            gpu_seconds=self._gpu_seconds(meter),
+        )
+
+
+class _Answered(JobError):
+    """vLLM's application answered with an error; its own body goes back."""
+
+    def __init__(self, status: int, content: bytes, path: str) -> None:
+        super().__init__(f"{path} answered {status}")
+        try:
+            body = orjson.loads(content)
+        except orjson.JSONDecodeError:
+            body = {"detail": content[:1000].decode(errors="backslashreplace")}
+        if isinstance(body, dict) and body.get("error"):
+            self._body = body
+            error = body["error"]
+            self.type = str(error.get("type", self.type)) if isinstance(error, dict) else self.type
+        elif status == _NOT_FOUND:
+            missing = RouteNotFound(f"{path}: this model does not serve it", param="route")
+            self._body, self.type = missing.body(), missing.type
+        else:
+            self._body = {"error": {"message": str(body), "type": self.type, "param": None, "code": status}}
+
+    def body(self) -> dict[str, object]:
+        return self._body
+
+
+def parse(job: Mapping[str, Any], models: tuple[str, ...]) -> Native | Http:
+    """Check a job's input and return it as a request. Raises `InvalidInput` that names the field."""
+    content = job.get("input")
+    if not isinstance(content, dict):
+        raise InvalidInput(
+            f"input: expected an object with prompt or messages, or openai_route, found {_kind(content)}",
+            param="input",
+        )
+    _check_text(content, "")
+    if any(name in content for name in OPENAI):
+        return _parse_http(content, OPENAI, models)
+    if "route" in content:
+        return _parse_http(content, GENERIC, models)
+    return _parse_native(content, str(job.get("id")), models)
+
+
+def _parse_native(content: dict[str, Any], job_id: str, models: tuple[str, ...]) -> Native:
+    _only(content, NATIVE)
+    prompt, messages = content.get("prompt"), content.get("messages")
+    if (prompt is None) == (messages is None):
+        raise InvalidInput(
+            "input: expected exactly one of prompt and messages, found "
+            + ("neither" if prompt is None else "both"),
+            param="prompt" if messages is None else "messages",
+        )
+    if prompt is not None and (not isinstance(prompt, str) or not prompt):
+        raise InvalidInput(
+            f"prompt: expected a text that is not empty, found {_kind(prompt)}", param="prompt"
+        )
+    if messages is not None:
+        _check_messages(messages)
+    sampling = _typed(content, "sampling_params", dict, {})
+    model = _typed(content, "model", str, models[0])
+    if model not in models:
+        raise ModelNotFound(
+            f"model: {model!r} is not served here; served: {', '.join(models)}", param="model"
+        )
+    template = _typed(content, "chat_template_kwargs", dict, {})
+    generation = Generation(job_id, prompt, messages, sampling, template)
+    return Native(generation, _typed(content, "stream", bool, default=False), model)
+
+
+def _parse_http(content: dict[str, Any], names: tuple[str, ...], models: tuple[str, ...]) -> Http:
+    _only(content, names)
+    route_name, body_name = names[:2]
+    route = content.get(route_name, "/v1/chat/completions")
+    if not isinstance(route, str) or not route.startswith("/"):
+        raise InvalidInput(
+            f"{route_name}: expected a path such as /v1/chat/completions, found {route!r:.100}",
+            param=route_name,
+        )
+    path, _, query = route.partition("?")
+    body = content.get(body_name) or None
+    if isinstance(body, str):
+        try:
+            body = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise InvalidInput(f"{body_name}: expected a JSON object: {error}", param=body_name) from error
+    if body is not None and not isinstance(body, dict):
+        raise InvalidInput(f"{body_name}: expected an object, found {_kind(body)}", param=body_name)
+    method = _typed(content, "method", str, "POST" if body is not None else _bodyless(path)).upper()
+    routes.check(path, method)
+    request = HttpRequest(method, path, query, b"" if body is None else orjson.dumps(body))
+    body = body or {}
+    return Http(request, body.get("stream") is True, str(body.get("model") or models[0]))
+
+
+def _bodyless(path: str) -> str:
+    """Return the method of a job without a body: the platform sends a GET so, and an empty POST alike."""
+    return routes.ALLOWED.get(path, "GET")
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise InvalidInput(
+            f"messages: expected a list that is not empty, found {_kind(messages)}", param="messages"
+        )
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InvalidInput(
+                f"messages[{i}]: expected an object with role and content, found {_kind(message)}",
+                param=f"messages[{i}]",
+            )
+        if message.get("role") not in _ROLES:
+            raise InvalidInput(
+                f"messages[{i}].role: expected one of {', '.join(sorted(_ROLES))}, "
+                f"found {message.get('role')!r:.100}",
+                param=f"messages[{i}].role",
+            )
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            raise InvalidInput(
+                f"messages[{i}].content: expected a text or a list of parts, "
+                f"found {_kind(message.get('content'))}",
+                param=f"messages[{i}].content",
+            )
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Refuse what no tokenizer can read: lone surrogates and null characters, in keys and values."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise InvalidInput(
+                f"{where}: contains a null character at position {value.index(chr(0))}", param=where
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(
+                f"{where}: contains a lone surrogate at position {error.start}; expected valid Unicode",
+                param=where,
+            ) from error
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(key, f"{where} (a key)" if where else "input (a key)")
+            _check_text(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_text(item, f"{where}[{i}]")
+
+
+def _only(content: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in content:
+        if name not in names:
+            raise InvalidInput(
+                f"{name:.100}: unknown field; expected some of {', '.join(names)}", param=name[:100]
+            )
+
+
+def _typed(content: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = content.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise InvalidInput(f"{name}: expected {_NAMES[kind]}, found {_kind(value)}", param=name)
+    return value
+
+
+_NAMES: Mapping[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "nothing",
+}
+
+
+def _kind(value: Any) -> str:
+    if value in ("", [], {}):
+        return f"an empty {_NAMES[type(value)].split()[-1]}"
+    return _NAMES.get(type(value), type(value).__name__)
+
+
+def _join(pieces: list[Piece]) -> Iterable[Chunk]:
+    """Make chunks of what has accumulated: each completion's text, then events, then whole answers."""
+    texts: dict[int, list[str]] = {}
+    events: list[str] = []
+    for piece in pieces:
+        if isinstance(piece, Delta):
+            texts.setdefault(piece.index, []).append(piece.text)
+        elif isinstance(piece, str):
+            events.append(piece)
+    for index, parts in texts.items():
+        text = "".join(parts)
+        for start in range(0, len(text), _CHUNK_CHARACTERS):
+            part = {"text": text[start : start + _CHUNK_CHARACTERS]}
+            yield part if index == 0 else part | {"index": index}
+    size = 0
+    run: list[str] = []
+    for event in events:
+        if run and size + len(event) > _CHUNK_CHARACTERS:
+            yield "".join(run)
+            size, run = 0, []
+        size += len(event)
+        run.append(event)
+    if run:
+        yield "".join(run)
+    yield from (piece for piece in pieces if isinstance(piece, dict))
+
+
+async def _whole_events(body: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """Cut a body of server-sent events behind an event's end: neither event nor character is split."""
+    rest = b""
+    async for chunk in body:
+        whole, separator, rest = (rest + chunk).rpartition(b"\n\n")
+        if separator:
+            yield (whole + separator).decode()
+    if rest:
+        yield rest.decode()

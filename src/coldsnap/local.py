@@ -1,0 +1,130 @@
+"""One job on the terminal: where its input comes from and what a person sees of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from coldsnap.boot import Booted
+from coldsnap.errors import SettingsError
+from coldsnap.job import Chunk
+from coldsnap.records import LEDGER, ColdStart
+from coldsnap.settings import ROOT
+
+_FLAG = "--test_input"
+_FILE = "test_input.json"
+
+
+def test_input(argv: list[str], *, on_platform: bool) -> str | None:
+    """Return the job to run locally as JSON text, or None if jobs come from the platform.
+
+    Raises `SettingsError` before anything is booted if it is not a JSON object with `input`.
+    """
+    text, name = _flag(argv), _FLAG
+    if text is None:
+        if on_platform or "--rp_serve_api" in argv:
+            return None
+        path = next((p for p in (Path.cwd() / _FILE, ROOT / _FILE) if p.is_file()), None)
+        if path is None:
+            raise SettingsError(
+                f"{_FILE}: expected a file here or beside handler.py, found none; "
+                f"or give {_FLAG} '{{\"input\": …}}'"
+            )
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    try:
+        job = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise SettingsError(
+            f'{name}: expected JSON such as {{"input": {{"prompt": "Hello"}}}}: {error}'
+        ) from error
+    if not isinstance(job, dict) or "input" not in job:
+        raise SettingsError(f"{name}: expected an object with the field input, found {text:.80}")
+    return text
+
+
+def _flag(argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word == _FLAG:
+            if i + 1 == len(argv):
+                raise SettingsError(f"{_FLAG}: expected the job's JSON behind it, found nothing")
+            return argv[i + 1]
+        if word.startswith(f"{_FLAG}="):
+            return word.removeprefix(f"{_FLAG}=")
+    return None
+
+
+class View:
+    """Prints a job as it runs, then its result, the cold start's waterfall, its cost and its records."""
+
+    def __init__(self, booted: Booted) -> None:
+        self._booted = booted
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Say what is asked of whom."""
+        info = self._booted.engine.info
+        self._title(f"{info.models[0]} on {info.gpu}, vLLM {info.version}")
+        content = job.get("input")
+        if isinstance(content, dict) and isinstance(messages := content.get("messages"), list):
+            for message in messages:
+                if isinstance(message, dict):
+                    self._line(f"{message.get('role')}: {message.get('content')}")
+        elif isinstance(content, dict) and "prompt" in content:
+            self._line(f"prompt: {str(content['prompt'])[:500]}")
+        self._line("")
+
+    def chunk(self, chunk: Chunk) -> Chunk:
+        """Print a chunk's text as it comes, and return the chunk."""
+        text = chunk if isinstance(chunk, str) else chunk.get("text", "")
+        sys.stdout.write(text if isinstance(text, str) else "")
+        sys.stdout.flush()
+        return chunk
+
+    def end(self, chunks: list[Chunk], cold_start: ColdStart, records: list[str]) -> None:
+        """Print what is known once the job has ended."""
+        from rich.console import Console
+        from rich.table import Table
+
+        self._line("")
+        last = chunks[-1]
+        if isinstance(last, dict):
+            self._title("result")
+            self._line(orjson.dumps(last, option=orjson.OPT_INDENT_2).decode())
+        self._title(f"cold start: {cold_start.seconds:.2f} s from process start to ready")
+        waterfall = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        begin = 0.0
+        for phase, seconds in cold_start.phases.items():
+            waterfall.add_row(phase, f"{seconds:6.2f} s", _bar(begin, seconds, cold_start.seconds))
+            begin += seconds
+        for work, seconds in cold_start.beside.items():
+            waterfall.add_row(work, f"{seconds:6.2f} s", "beside the phases above")
+        Console().print(waterfall)
+        request = orjson.loads(records[-1])
+        self._title("request")
+        ttft, itl = request["ttft_seconds"], request["itl_seconds"]
+        self._line(
+            f"{request['prompt_tokens']} prompt tokens ({request['cached_tokens']} cached), "
+            f"{request['completion_tokens']} completion tokens"
+        )
+        if ttft is not None:
+            pace = "" if itl is None else f", ITL {itl * 1000:.1f} ms"
+            self._line(f"TTFT {ttft * 1000:.1f} ms{pace}, {request['duration_seconds']:.3f} s in all")
+        self._line(f"{request['gpu_seconds']:.6f} GPU-seconds on {request['gpu_count']} x {request['gpu']}")
+        self._title(f"records, also appended to {self._booted.settings.ledger_dir / LEDGER}")
+        for record in records:
+            self._line(record)
+
+    def _title(self, text: str) -> None:
+        self._line(f"\n── {text} " + "─" * max(3, 76 - len(text)))
+
+    def _line(self, text: str) -> None:
+        print(text, flush=True)  # noqa: T201
+
+
+def _bar(begin: float, seconds: float, total: float, width: int = 50) -> str:
+    left = round(begin / total * width)
+    length = round((begin + seconds) / total * width) - left
+    return " " * left + ("█" * length or "▏")

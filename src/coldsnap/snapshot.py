@@ -1,0 +1,215 @@
+"""The snapshot contract: a folder of model files and `coldsnap.json`, the manifest that describes them.
+
+The builder writes a manifest with `write_manifest`; a boot reads it with `load_manifest` and checks the
+folder against it with `verify`. Nothing here knows what the files mean: that is vLLM's business.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import orjson
+from blake3 import blake3
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+)
+
+from coldsnap.errors import SnapshotError
+
+MANIFEST = "coldsnap.json"
+SCHEMA_VERSION = 1
+_READ_BYTES = 8 << 20
+_FILES_AT_ONCE = 4
+
+Verify = Literal["full", "size"]
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name == MANIFEST:
+        raise ValueError(f"{name!r} must be a plain relative path inside the snapshot, without '..'")
+    return name
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Frozen):
+    """Where the weights came from: a hub repository at a commit, or `local`."""
+
+    repo: str = "local"
+    revision: str | None = None
+
+    @field_validator("revision")
+    @classmethod
+    def _pinned(cls, revision: str | None) -> str | None:
+        if revision is not None and not re.fullmatch(r"[0-9a-f]{40,64}", revision):
+            raise ValueError(f"{revision!r} must be a full commit hash, not a branch or tag")
+        return revision
+
+
+class Quantization(_Frozen):
+    """The scheme of the weights (`none` if they are as the source had them) and the layers left out."""
+
+    scheme: str = "none"
+    ignore: tuple[str, ...] = ()
+
+
+class FileEntry(_Frozen):
+    """One file: its size in bytes and the BLAKE3 digest of its content in hex."""
+
+    size: int = Field(ge=0)
+    blake3: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(_Frozen):
+    """What `coldsnap.json` says. `engine_args` are vLLM arguments by their Python names."""
+
+    schema_version: Literal[1] = 1
+    created: AwareDatetime
+    served_model_name: str = Field(min_length=1)
+    source: Source
+    quantization: Quantization
+    engine_args: dict[str, JsonValue]
+    versions: dict[str, str]
+    files: dict[Annotated[str, AfterValidator(_inside)], FileEntry] = Field(min_length=1)
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 over the sorted names and digests of the files: the identity of the content."""
+        lines = (f"{name}\0{entry.blake3}\n" for name, entry in sorted(self.files.items()))
+        return blake3("".join(lines).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes in all files together."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    source: Source,
+    quantization: Quantization,
+    served_model_name: str,
+    engine_args: dict[str, Any],
+    versions: dict[str, str],
+) -> Manifest:
+    """Hash every file below `folder` and write `coldsnap.json` beside them, last and atomically."""
+    manifest = Manifest(
+        created=datetime.now(UTC).replace(microsecond=0),
+        served_model_name=served_model_name,
+        source=source,
+        quantization=quantization,
+        engine_args=engine_args,
+        versions=versions,
+        files={
+            name: FileEntry(size=(folder / name).stat().st_size, blake3=_digest(folder / name))
+            for name in sorted(_listing(folder))
+        },
+    )
+    text = orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2) + b"\n"
+    temporary = folder / f".{MANIFEST}.partial"
+    temporary.write_bytes(text)
+    temporary.replace(folder / MANIFEST)
+    return manifest
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of `folder`; raise `SnapshotError` if there is none or it is not of the contract."""
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SnapshotError(
+            f"snapshot {folder}: {MANIFEST} cannot be read ({error.strerror}); expected a baked snapshot"
+        ) from error
+    try:
+        data = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise SnapshotError(f"snapshot {folder}: {MANIFEST} is not JSON: {error}") from error
+    if (
+        isinstance(data, dict)
+        and isinstance(found := data.get("schema_version"), int)
+        and found > SCHEMA_VERSION
+    ):
+        raise SnapshotError(
+            f"snapshot {folder}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION} or less, found {found}: "
+            "it needs a newer coldsnap"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise SnapshotError(f"snapshot {folder}: {MANIFEST}: {where}: {first['msg']}") from error
+
+
+def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> None:
+    """Raise `SnapshotError`, naming the file, unless `folder` holds exactly what `manifest` lists.
+
+    Names and sizes are always checked. With mode `full` each file is read once, several at a time, and its
+    digest compared; the read also fills the page cache, from which the engine then loads the weights.
+    """
+    found = _listing(folder)
+    for name, entry in sorted(manifest.files.items()):
+        if name not in found:
+            raise SnapshotError(
+                f"snapshot {folder}: {name}: expected a file of {entry.size} bytes, found none"
+            )
+        size = (folder / name).stat().st_size
+        if size != entry.size:
+            raise SnapshotError(f"snapshot {folder}: {name}: expected {entry.size} bytes, found {size}")
+    if extra := sorted(found - manifest.files.keys()):
+        raise SnapshotError(
+            f"snapshot {folder}: {extra[0]}: expected no such file, found one that the manifest does not list"
+        )
+    if mode == "full":
+        largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+        with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="verify") as pool:
+            digests = dict(
+                zip(largest_first, pool.map(lambda name: _digest(folder / name), largest_first), strict=True)
+            )
+        for name, entry in sorted(manifest.files.items()):
+            if digests[name] != entry.blake3:
+                raise SnapshotError(
+                    f"snapshot {folder}: {name}: expected BLAKE3 {entry.blake3}, found {digests[name]}"
+                )
+
+
+def _listing(folder: Path) -> set[str]:
+    if not folder.is_dir():
+        raise SnapshotError(f"snapshot {folder}: expected a folder, found none")
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if not path.is_dir() and path.name != MANIFEST
+    }
+
+
+def _digest(path: Path) -> str:
+    hasher = blake3()
+    buffer = memoryview(bytearray(_READ_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+    except OSError as error:
+        raise SnapshotError(
+            f"snapshot {path.parent}: {path.name}: expected a readable file, found: {error.strerror}"
+        ) from error
+    return hasher.hexdigest()

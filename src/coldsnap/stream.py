@@ -1,0 +1,71 @@
+"""Pace a stream: the first piece leaves at once, afterwards what has accumulated leaves together.
+
+The source runs in a task of its own, so that a slow consumer (a POST under way, a platform that retries)
+never holds up the engine, and so that a cancelled job can be stopped while its consumer is stuck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from typing import Generic, TypeVar
+
+Piece = TypeVar("Piece")
+Chunk = TypeVar("Chunk")
+
+
+class Paced(Generic[Piece, Chunk]):
+    """Chunks of a stream of pieces, at least `interval` seconds apart except for the first and the last.
+
+    `join` makes the chunks out of the pieces that have accumulated. When the source raises, what it gave
+    before leaves first, then its error is raised.
+    """
+
+    def __init__(
+        self,
+        source: AsyncGenerator[Piece, None],
+        join: Callable[[list[Piece]], Iterable[Chunk]],
+        interval: float,
+    ) -> None:
+        self._join = join
+        self._interval = interval
+        self._pieces: list[Piece] = []
+        self._some = asyncio.Event()
+        self._reason: Exception | None = None
+        self._task = asyncio.create_task(self._pull(source))
+        self._task.add_done_callback(lambda _: self._some.set())
+
+    def stop(self, reason: Exception | None = None) -> None:
+        """Cancel the source; its clean-up runs in its own task, and a reader gets `reason` if there is one.
+
+        Does nothing once the source has ended. Call it from the event loop's thread.
+        """
+        if not self._task.done():
+            self._reason = self._reason or reason
+            self._task.cancel()
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """Yield the chunks in order. Ends early, without an error, when stopped without a reason."""
+        loop = asyncio.get_running_loop()
+        earliest = loop.time()
+        while self._pieces or not self._task.done():
+            await self._some.wait()
+            if (pause := earliest - loop.time()) > 0:
+                await asyncio.wait([self._task], timeout=pause)  # the last chunk does not wait
+            if not self._task.done():
+                self._some.clear()
+            pieces, self._pieces = self._pieces, []
+            for chunk in self._join(pieces):
+                yield chunk
+            earliest = loop.time() + self._interval
+        if not self._task.cancelled():
+            self._task.result()
+        elif self._reason is not None:
+            raise self._reason
+
+    async def _pull(self, source: AsyncGenerator[Piece, None]) -> None:
+        async with contextlib.aclosing(source):
+            async for piece in source:
+                self._pieces.append(piece)
+                self._some.set()

@@ -1,0 +1,291 @@
+"""A local control plane: the platform's half of the HTTP protocol that the Runpod SDK's worker loop speaks.
+
+Tests and benchmarks submit jobs here and read their streams; the worker is a process that runs the
+unmodified SDK with `ControlPlane.environment()` in its environment. A submitted job goes at once to the first
+worker that asks.
+
+What it does not know: scaling, retries, execution timeouts, TTLs, keys (any is accepted), limits on inputs.
+Where the platform's behaviour is not documented it takes the strict side: an oversized chunk is answered with
+413 and lost, an oversized result fails its job, and 1 MB is 1,000,000 bytes of POST body. What a worker posts
+after its job was cancelled is answered with 200, counted and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import orjson
+from aiohttp import web
+
+from coldsnap.testing.faults import Faults
+from coldsnap.testing.job import Bell, Job, JobState
+
+CHUNK_LIMIT: Final = 1_000_000
+RUN_RESULT_LIMIT: Final = 10_000_000
+RUNSYNC_RESULT_LIMIT: Final = 20_000_000
+NO_INPUT: Final = object()
+"""Submitted as a job's input: the job has no `input` field at all. Only a batch take gets it past the SDK."""
+
+
+PostKind = Literal["stream", "done"]
+ViolationKind = Literal[
+    "chunk too large", "result too large", "malformed body", "unknown job", "wrong worker", "after end"
+]
+
+
+class WorkerUnhealthy(Exception):
+    """The worker reported a failed fitness check with its last ping; the SDK has ended its process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that a worker did and the platform would not take."""
+
+    kind: ViolationKind
+    job_id: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Worker:
+    """What the plane has seen of a worker. `first_poll` and `last_seen` are `time.monotonic()`."""
+
+    id: str
+    first_poll: float | None = None
+    last_seen: float = 0.0
+    taken: int = 0
+    pings: int = 0
+    pinged_jobs: tuple[str, ...] = ()
+    unhealthy: str | None = None
+    _stops: list[str] = field(default_factory=list)
+    _stopped: Bell = field(default_factory=Bell)
+
+
+class ControlPlane:
+    """Serves the worker protocol on a free port of 127.0.0.1 while the context is open.
+
+    `poll_seconds` is how long an idle job-take or job-stop is held. An idle worker ends only that
+    long after SIGTERM (see `release_polls`); after a job-stop that ran out the SDK is deaf for 1 s.
+    `flashboot` answers an idle job-take with 400 instead of 204.
+    """
+
+    def __init__(
+        self, *, faults: Faults | None = None, poll_seconds: float = 10.0, flashboot: bool = False
+    ) -> None:
+        if not 0 < poll_seconds < 90:
+            raise ValueError("poll_seconds is above 0 and below 90, where the SDK gives its poll up")
+        self.jobs: dict[str, Job] = {}
+        self.workers: dict[str, Worker] = {}
+        self.violations: list[Violation] = []
+        self.foreign_request_ids = 0
+        """POSTs whose X-Request-ID names another job: the SDK's retries, when jobs run side by side."""
+        self.endpoint_id = "local"
+        self.url = ""
+        self._faults = faults
+        self._poll_seconds = poll_seconds
+        self._idle_status = 400 if flashboot else 204
+        self._queue: deque[Job] = deque()
+        self._queued = Bell()
+        self._arrived = Bell()
+        self._releases = 0
+
+    async def __aenter__(self) -> Self:
+        server = web.Server(self._serve, handler_cancellation=True, access_log=None)
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release_polls()
+        await self._runner.cleanup()
+
+    # What a test or a benchmark does.
+
+    def environment(self, worker_id: str = "worker-1") -> dict[str, str]:
+        """Return the variables that the platform sets, and three that let a worker run here, offline."""
+        base = f"{self.url}/v2/{self.endpoint_id}"
+        return {
+            "RUNPOD_ENDPOINT_ID": self.endpoint_id,
+            "RUNPOD_POD_ID": worker_id,
+            "RUNPOD_POD_HOSTNAME": f"{worker_id}-host",
+            "RUNPOD_AI_API_KEY": "local-key",
+            "RUNPOD_PING_INTERVAL": "10000",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            # The SDK's own checks end the process without 8.8.8.8:53, 4 GB of memory and 10% of the disk.
+            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+            "RUNPOD_SKIP_GPU_CHECK": "true",
+            "NO_PROXY": "127.0.0.1,localhost",  # the SDK's pings heed a proxy, its other requests do not
+        }
+
+    def submit(self, job_input: object, *, sync: bool = False) -> Job:
+        """Queue a job; `sync` gives it the result limit of /runsync instead of /run."""
+        job_id = f"{'sync-' if sync else ''}{uuid.uuid4()}-u1"
+        fields: dict[str, object] = {"id": job_id}
+        if job_input is not NO_INPUT:
+            fields["input"] = job_input
+        limit = RUNSYNC_RESULT_LIMIT if sync else RUN_RESULT_LIMIT
+        job = self.jobs[job_id] = Job(job_id, len(self.jobs), fields, limit)
+        self._queue.append(job)
+        self._queued.ring()
+        return job
+
+    def cancel(self, job_id: str) -> bool:
+        """End a job as cancelled and tell its worker over the stop channel; False if it had already ended."""
+        job = self.jobs[job_id]
+        if job.done:
+            return False
+        if job.worker_id is None:
+            self._queue.remove(job)
+        else:
+            worker = self.workers[job.worker_id]
+            worker._stops.append(job_id)
+            worker._stopped.ring()
+        job.end(JobState.CANCELLED, error="the job was cancelled")
+        return True
+
+    async def wait_for_worker(self, timeout: float, worker_id: str | None = None) -> Worker:
+        """Return the worker (or any) once it has asked for jobs."""
+        async with asyncio.timeout(timeout):
+            while True:
+                for worker in self.workers.values():
+                    if worker_id not in (None, worker.id):
+                        continue
+                    if worker.unhealthy is not None:
+                        raise WorkerUnhealthy(f"{worker.id}: {worker.unhealthy}")
+                    if worker.first_poll is not None:
+                        return worker
+                await self._arrived.wait()
+
+    def release_polls(self) -> None:
+        """Answer every open poll as idle now: a worker that has had SIGTERM need not wait them out."""
+        self._releases += 1
+        for bell in (self._queued, *(worker._stopped for worker in self.workers.values())):
+            bell.ring()
+
+    # What a worker does.
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        match request.method, request.path.split("/")[3:]:
+            case "POST", ["job-stream", worker_id, job_id]:
+                return await self._post(request, "stream", worker_id, job_id)
+            case "POST", ["job-done", worker_id, job_id]:
+                return await self._post(request, "done", worker_id, job_id)
+            case "GET", ["job-take", worker_id]:
+                return await self._take(self._see(worker_id), None)
+            case "GET", ["job-take-batch", worker_id]:
+                return await self._take(self._see(worker_id), int(request.query["batch_size"]))
+            case "GET", ["job-stop", worker_id]:
+                return await self._stop(self._see(worker_id))
+            case "GET", ["ping", worker_id]:
+                return self._ping(self._see(worker_id), request)
+        return web.Response(status=404)
+
+    def _see(self, worker_id: str) -> Worker:
+        worker = self.workers.setdefault(worker_id, Worker(worker_id))
+        worker.last_seen = time.monotonic()
+        return worker
+
+    async def _take(self, worker: Worker, batch_size: int | None) -> web.Response:
+        if worker.first_poll is None:
+            worker.first_poll = time.monotonic()
+            self._arrived.ring()
+        if not await self._held(self._queued, self._queue):
+            return web.Response(status=self._idle_status)
+        taken = [self._queue.popleft() for _ in range(min(batch_size or 1, len(self._queue)))]
+        worker.taken += len(taken)
+        for job in taken:
+            job.state, job.worker_id, job.timestamps.taken = JobState.IN_PROGRESS, worker.id, time.monotonic()
+        body = b",".join(job.payload for job in taken)
+        body = body if batch_size is None else b"[%b]" % body
+        return web.Response(body=body, content_type="application/json")
+
+    async def _stop(self, worker: Worker) -> web.Response:
+        if not await self._held(worker._stopped, worker._stops):
+            return web.Response(status=204)
+        body = orjson.dumps({"jobsToStop": worker._stops})
+        worker._stops.clear()
+        return web.Response(body=body, content_type="application/json")
+
+    async def _held(self, bell: Bell, pending: Collection[object]) -> bool:
+        """Hold a poll until something is pending. A worker that goes away cancels this and takes nothing."""
+        deadline, releases = time.monotonic() + self._poll_seconds, self._releases
+        while not pending and self._releases == releases and (left := deadline - time.monotonic()) > 0:
+            await bell.wait(left)
+        return bool(pending)
+
+    def _ping(self, worker: Worker, request: web.BaseRequest) -> web.Response:
+        worker.pings += 1
+        worker.pinged_jobs = tuple(filter(None, request.query.get("job_id", "").split(",")))
+        if request.query.get("status") == "unhealthy":
+            worker.unhealthy = f"{request.query.get('check')}: {request.query.get('reason')}"
+            self._arrived.ring()
+        return web.Response()
+
+    async def _post(
+        self, request: web.BaseRequest, kind: PostKind, worker_id: str, job_id: str
+    ) -> web.Response:
+        body = await request.content.read()  # request.read() would refuse more than 1 MB
+        job = self.jobs.get(job_id)
+        if job is None:
+            return web.Response(status=self._violated(404, "unknown job", job_id, f"{kind} from {worker_id}"))
+        job.posts += 1
+        self.foreign_request_ids += request.headers.get("X-Request-ID", job_id) != job_id
+        delay, status = self._faults.draw(kind, job.number, job.posts) if self._faults else (0.0, None)
+        if delay:
+            await asyncio.sleep(delay / 2)
+        if status is None:
+            status = self._record(kind, worker_id, job, body)
+        if delay:
+            await asyncio.sleep(delay / 2)
+        return web.Response(status=status)
+
+    def _record(self, kind: PostKind, worker_id: str, job: Job, body: bytes) -> int:
+        """Apply one POST to its job and return the answer's status."""
+        if worker_id != job.worker_id:
+            return self._violated(400, "wrong worker", job.id, f"{worker_id}, taken by {job.worker_id}")
+        if job.state is JobState.CANCELLED:
+            job.late_posts += 1
+            return 200
+        if job.done:
+            return self._violated(400, "after end", job.id, f"{kind} after the job was {job.state}")
+        try:
+            post = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            return self._violated(400, "malformed body", job.id, f"{kind}: {error}")
+        if not isinstance(post, dict) or (kind == "stream" and "output" not in post):
+            return self._violated(400, "malformed body", job.id, f"{kind}: no object with an output")
+        if kind == "stream":
+            if len(body) > CHUNK_LIMIT:
+                detail = f"{len(body)} bytes, {CHUNK_LIMIT} allowed"
+                return self._violated(413, "chunk too large", job.id, detail)
+            job.add_chunk(post["output"])
+        elif post.get("status") == "IN_PROGRESS":
+            job.progress.append(post.get("output"))
+        elif len(body) > job.result_limit:
+            detail = f"{len(body)} bytes, {job.result_limit} allowed"
+            job.end(JobState.FAILED, error=f"result too large: {detail}")
+            return self._violated(413, "result too large", job.id, detail)
+        elif (reported := post.get("error")) is not None:
+            text = reported if isinstance(reported, str) else orjson.dumps(reported).decode()
+            job.end(JobState.FAILED, output=post.get("output"), error=text)
+        else:
+            job.end(JobState.COMPLETED, output=post.get("output"))
+        return 200
+
+    def _violated(self, status: int, kind: ViolationKind, job_id: str, detail: str) -> int:
+        self.violations.append(Violation(kind, job_id, detail))
+        return status

@@ -1,0 +1,420 @@
+"""vLLM, embedded: the only module that imports it, and the only one that knows its exceptions.
+
+The surface is kept small, because it is what breaks when vLLM is upgraded: the argument parser,
+`AsyncLLM.generate`/`encode`, the renderer, and `build_app`/`init_app_state` of its HTTP application.
+`tests/test_vllm_seam.py` holds each of them against the installed release.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import gc
+import importlib
+import importlib.metadata
+import logging
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Any
+
+from coldsnap import arguments, asgi
+from coldsnap.cost import EqualSplit
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter
+from coldsnap.errors import (
+    ColdsnapError,
+    EngineBootError,
+    EngineDead,
+    InvalidInput,
+    JobError,
+    ModelNotFound,
+    SettingsError,
+)
+
+_METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
+
+# fmt: off
+_SAMPLING_INTERNAL = frozenset({
+    "output_kind", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "detokenize",
+    "stream_interval", "routed_experts_prompt_start", "trace_decode_token_ids", "prompt_logprob_token_ids",
+    "prompt_logprob_start",
+})
+# fmt: on
+"""Fields of `SamplingParams` that are the engine's own business."""
+_SAMPLING_OPENAI_ONLY = frozenset({"logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs"})
+"""Fields whose result a native chunk has no place for."""
+
+
+class _OverBudget(JobError):
+    status = 503
+    type = "ServiceUnavailableError"
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that vLLM needs set before it is imported, where the user has not set them."""
+    wanted = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    if _is_cpu_build():
+        # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
+        # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
+        wanted |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+        }
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def version() -> str:
+    """Return vLLM's version, whichever distribution it came in."""
+    return importlib.metadata.version("vllm-cpu" if _is_cpu_build() else "vllm")
+
+
+def load() -> None:
+    """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
+    gc.disable()
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"vllm\."
+    )  # about torch, to vLLM's authors
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
+    from vllm.v1.engine import async_llm  # noqa: F401
+
+    importlib.import_module(_parser_module())
+
+
+def load_http() -> None:
+    """Import what the HTTP application needs, so that building it takes a moment only."""
+    _builders()
+
+
+def boot(
+    *,
+    model: str,
+    fixed: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    environ: MutableMapping[str, str],
+    engine_environ: Mapping[str, str],
+    digest: str | None,
+    mark: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> VllmEngine:
+    """Start the engine on `model` and return it, ready to generate.
+
+    `mark` is called with the name of each phase as it ends: `configure`, `engine`.
+    Raises `SettingsError` for a wrong argument and `EngineBootError` for anything else that vLLM refuses.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli = importlib.import_module(_parser_module())
+    parser = cli.make_arg_parser(FlexibleArgumentParser())
+    parser.set_defaults(use_tqdm_on_load=False)
+    parsed = arguments.parse(
+        parser, fixed={"model": model, **fixed}, manifest=manifest, environ=engine_environ
+    )
+    for suspect, near in parsed.suspects.items():
+        warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
+    args = parsed.namespace
+    try:
+        cli.validate_parsed_serve_args(args)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+        message = arguments.blame(parsed, _first_complaint(error))
+        raise (SettingsError if message.startswith(tuple(parsed.origins.values())) else EngineBootError)(
+            message
+        ) from error
+    mark("configure")
+    # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
+    # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
+    environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    gc.freeze()
+    try:
+        llm = _metered_llm().from_vllm_config(
+            config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
+        )
+    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+        raise EngineBootError(arguments.blame(parsed, _first_complaint(error))) from error
+    finally:
+        gc.enable()
+    mark("engine")
+    parallel = config.parallel_config
+    info = EngineInfo(
+        version=version(),
+        gpu=current_platform.get_device_name() or current_platform.device_type,
+        gpu_count=1 if current_platform.is_cpu() else parallel.world_size_across_dp,
+        models=tuple(args.served_model_name or [model]),
+        max_model_len=config.model_config.max_model_len,
+        weights_digest=digest,
+    )
+    return VllmEngine(llm, args, info)
+
+
+class VllmEngine:
+    """The `Engine` of `coldsnap.engine`, on an `AsyncLLM` in this process and its core in a forked child."""
+
+    def __init__(self, llm: Any, args: Any, info: EngineInfo) -> None:
+        from vllm.renderers.params import ChatParams
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        self.info = info
+        self._llm = llm
+        self._args = args
+        self._app: asyncio.Future[Any] | None = None
+        self._delta = RequestOutputKind.DELTA
+        self._sampling_params = SamplingParams
+        self._chat_params = ChatParams
+        self._sampling_defaults = llm.model_config.get_diff_sampling_param()
+        self._sampling_fields = sorted(
+            name
+            for name in SamplingParams.__struct_fields__
+            if not name.startswith("_") and name not in _SAMPLING_INTERNAL
+        )
+
+    async def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
+        """See `Engine.generate`. `max_tokens` is bounded by the context that the prompt leaves."""
+        field = "prompt" if request.messages is None else "messages"
+        with _translated({"input_text": field, "input_tokens": field}):
+            sampling = self._sampling(request.sampling)
+            prompt = await self._render(request)
+            left = self.info.max_model_len - len(prompt["prompt_token_ids"])
+            if left < 1:
+                raise InvalidInput(
+                    f"{field}: {len(prompt['prompt_token_ids'])} tokens leave no room for a completion in "
+                    f"the context of {self.info.max_model_len} tokens; send a shorter one",
+                    param=field,
+                )
+            sampling.max_tokens = min(sampling.max_tokens or left, left)
+            sampling.output_kind = self._delta
+            _METER.set(meter)
+            async with contextlib.aclosing(self._llm.generate(prompt, sampling, request.id)) as outputs:
+                async for output in outputs:
+                    for part in output.outputs:
+                        if part.text or part.finish_reason:
+                            yield Delta(part.text, part.index, part.finish_reason)
+
+    @contextlib.asynccontextmanager
+    async def http(self, request: HttpRequest, meter: Meter) -> AsyncIterator[HttpResponse]:
+        """See `Engine.http`. The first call builds the application if `warm_up` has not yet."""
+        app = await self._application()
+        _METER.set(meter)
+        with _translated():
+            async with asgi.request(app, request) as response:
+                yield response
+
+    async def warm_up(self) -> None:
+        """See `Engine.warm_up`. Starts building the HTTP application too, without waiting for it."""
+        sampling = {"max_tokens": 1, "temperature": 0.0}
+        async for _ in self.generate(Generation("warm-up", prompt="a", sampling=sampling), Meter()):
+            pass
+
+    def check(self) -> None:
+        """See `Engine.check`."""
+        if self._llm.errored:
+            raise EngineDead("the engine process is gone")
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._llm.shutdown()
+
+    async def _application(self) -> Any:
+        if self._app is None:
+            self._app = asyncio.ensure_future(self._build_application())
+        return await asyncio.shield(self._app)
+
+    async def _build_application(self) -> Any:
+        build, init = _builders()
+        tasks = await self._llm.get_supported_tasks()
+        app = build(self._args, tasks, self._llm.model_config)
+        await init(self._llm, app.state, self._args, tasks)
+        return app
+
+    async def _render(self, request: Generation) -> Any:
+        renderer = self._llm.renderer
+        if request.messages is None:
+            (prompt,) = await renderer.render_cmpl_async([{"prompt": request.prompt}])
+            return prompt
+        chat = self._chat_params(
+            chat_template=_chat_template(self._args.chat_template),
+            chat_template_content_format=self._args.chat_template_content_format,
+            chat_template_kwargs={"add_generation_prompt": True, **request.template},
+        )
+        _, (prompt,) = await renderer.render_chat_async([request.messages], chat)
+        return prompt
+
+    def _sampling(self, given: Mapping[str, Any]) -> Any:
+        import msgspec
+
+        for name in given:
+            if name in _SAMPLING_OPENAI_ONLY:
+                raise InvalidInput(
+                    f"sampling_params.{name}: not in native jobs; an OpenAI request gets log probabilities",
+                    param=f"sampling_params.{name}",
+                )
+            if name not in self._sampling_fields:
+                near = difflib.get_close_matches(name, self._sampling_fields, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self._sampling_fields)}"
+                raise InvalidInput(
+                    f"sampling_params.{name}: unknown; {hint}", param=f"sampling_params.{name}"
+                )
+        values = (
+            self._sampling_defaults | {"max_tokens": None} | {k: v for k, v in given.items() if v is not None}
+        )
+        try:
+            return msgspec.convert(values, self._sampling_params, str_keys=True)
+        except msgspec.ValidationError as error:
+            # A wrong type has its path behind the message; a wrong value is vLLM's own error.
+            message, _, path = str(error).partition(" - at `")
+            cause = translate(error.__cause__) if isinstance(error.__cause__, Exception) else None
+            message = cause.message if cause else message
+            name = path.rpartition("$.")[2].rstrip("`") or next(
+                (n for n in self._sampling_fields if n in message), ""
+            )
+            where = f"sampling_params.{name}" if name else "sampling_params"
+            raise InvalidInput(f"{where}: {message}", param=where) from error
+
+
+def _metered_llm() -> Any:
+    """Return `AsyncLLM`, noting every request, native or from its HTTP application, in the job's meter."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    split = EqualSplit()
+
+    async def metered(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        meter = _METER.get() or Meter()
+        mark = split.enter()
+        first = True
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    _note(meter, output, first=first)
+                    first = False
+                    yield output
+        finally:
+            meter.gpu_seconds += split.leave(mark)
+
+    class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
+        def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            return metered(super().generate(*args, **kwargs))
+
+        def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            return metered(super().encode(*args, **kwargs))
+
+    return MeteredLLM
+
+
+def _note(meter: Meter, output: Any, *, first: bool) -> None:
+    if first:
+        meter.prompt_tokens += len(output.prompt_token_ids or ())
+        meter.cached_tokens += output.num_cached_tokens or 0
+    for part in output.outputs if isinstance(output.outputs, list) else ():  # a pooling output is one object
+        meter.completion_tokens += len(part.token_ids)
+        if part.finish_reason:
+            meter.finish_reason = part.finish_reason
+            meter.sequences += 1
+    stats = getattr(output, "metrics", None)
+    if stats is not None and stats.first_token_ts:
+        meter.queue_seconds = max(meter.queue_seconds, stats.scheduled_ts - stats.queued_ts)
+        meter.first_token = min(meter.first_token or stats.first_token_ts, stats.first_token_ts)
+        meter.last_token = max(meter.last_token, stats.last_token_ts)
+
+
+@contextlib.contextmanager
+def _translated(fields: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Raise vLLM's exceptions as ours; `fields` names the job's field for a parameter of vLLM's."""
+    try:
+        yield
+    except ColdsnapError:
+        raise
+    except Exception as error:
+        ours = translate(error)
+        if fields and ours.param and ours.param in fields:
+            ours.param = fields[ours.param]
+            ours.message = f"{ours.param}: {ours.message}"
+        raise ours from error
+
+
+def translate(error: Exception) -> ColdsnapError:
+    """Return our error for one of vLLM's. Whatever it does not know is an internal error of one job."""
+    from vllm import exceptions
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = Exception.__str__(error) or type(error).__name__
+    if isinstance(error, EngineDeadError):
+        return EngineDead("the engine process is gone")
+    if isinstance(error, getattr(exceptions, "GracefulHTTPError", ())):
+        return _OverBudget(text)
+    if isinstance(error, getattr(exceptions, "VLLMNotFoundError", ())):
+        return ModelNotFound(text, param="model")
+    client_errors = (
+        exceptions.VLLMValidationError,
+        getattr(exceptions, "VLLMClientError", ()),
+        ValueError,
+        TypeError,
+    )
+    if any(isinstance(error, kind) for kind in client_errors):
+        return InvalidInput(text, param=getattr(error, "parameter", None))
+    return JobError(f"{type(error).__name__}: {text}")
+
+
+def _first_complaint(error: Exception) -> str:
+    """Return the part of an error that a user can act on, on one line."""
+    errors = getattr(error, "errors", None)
+    if callable(errors) and (found := errors()):  # pydantic's
+        where = ".".join(str(part) for part in found[0]["loc"])
+        return f"{where}: {found[0]['msg']}" if where else str(found[0]["msg"])
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_cpu_build() -> bool:
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _parser_module() -> str:
+    """Return where this release keeps `make_arg_parser`: it has moved twice."""
+    for place in ("common", "launchers", "openai"):
+        name = f"vllm.entrypoints.{place}.cli_args"
+        with contextlib.suppress(ModuleNotFoundError):
+            if find_spec(name):
+                return name
+    raise EngineBootError("this vLLM has no make_arg_parser where 0.26 to 0.33 keep it; see docs/runbooks")
+
+
+def _first(*places: str) -> Any:
+    for place in places:
+        module, name = place.split(":")
+        with contextlib.suppress(ModuleNotFoundError):
+            if find_spec(module):
+                return getattr(importlib.import_module(module), name)
+    raise EngineBootError(f"this vLLM has none of {', '.join(places)}")
+
+
+def _builders() -> tuple[Any, Any]:
+    build = _first("vllm.entrypoints.launchers.app:build_app", "vllm.entrypoints.openai.api_server:build_app")
+    init = _first(
+        "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+        "vllm.entrypoints.openai.api_server:init_app_state",
+    )
+    return build, init
+
+
+def _chat_template(given: str | None) -> str | None:
+    if given is None:
+        return None
+    load = _first(
+        "vllm.renderers.chat_utils:load_chat_template", "vllm.entrypoints.chat_utils:load_chat_template"
+    )
+    template: str | None = load(given)
+    return template

@@ -1,0 +1,168 @@
+"""The worker's process: boot, then the SDK's loop until SIGTERM. The only module that imports the SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from coldsnap import dispatch, local, vllm_engine
+from coldsnap.boot import Booted, boot
+from coldsnap.errors import BootError, ColdsnapError, Draining
+from coldsnap.job import Jobs
+from coldsnap.records import Sink
+from coldsnap.settings import Settings
+from coldsnap.timeline import Timeline
+
+_SDK_ENVIRONMENT: Mapping[str, str] = {
+    # The default, DEBUG, prints every chunk with its text, and the job URL with its credentials.
+    "RUNPOD_LOG_LEVEL": "WARN",
+    # The SDK's own checks initialise CUDA in this process; the engine has just proven that the GPU works.
+    "RUNPOD_SKIP_GPU_CHECK": "true",
+    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+}
+_WATCH_SECONDS = 1.0
+
+
+def main() -> int:
+    """Run the worker; return its exit code: 0 after a drain, 1 after an error."""
+    timeline = Timeline()
+    timeline.mark("python")
+    try:
+        settings = Settings.read(os.environ)
+        test_input = local.test_input(sys.argv, on_platform=settings.on_platform)
+        for name, value in _SDK_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if test_input is not None:
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        booted = boot(
+            settings,
+            timeline,
+            os.environ,
+            beside_engine={"import_sdk": _import_sdk, "import_http": vllm_engine.load_http},
+        )
+    except BootError as error:
+        _say(error.message)
+        return 1
+    try:
+        if test_input is None:
+            return _Worker(booted).serve()
+        return _run_local(booted, test_input)
+    finally:
+        booted.engine.close()
+
+
+class _Worker:
+    """Serves the platform's jobs on a booted engine. It is the `dispatch.Worker` of the SDK's scaler."""
+
+    def __init__(self, booted: Booted) -> None:
+        self.concurrency = booted.settings.max_concurrency
+        self.drain_seconds = booted.settings.drain_seconds
+        self._booted = booted
+        self._sink = Sink(booted.settings.ledger_dir, lambda line: print(line, flush=True))  # noqa: T201
+        self._jobs = Jobs(booted.engine, booted.settings, self._sink, self._die)
+        self._dead: ColdsnapError | None = None
+        self._scaler: Any = None
+
+    def serve(self) -> int:
+        """Run the SDK's loop until it ends; return the exit code."""
+        import runpod
+        import uvloop
+        from runpod.serverless.modules import rp_scale
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        complaint = dispatch.differs(runpod.__version__, rp_scale.JobScaler)
+        if complaint is None:
+            rp_scale.JobScaler = dispatch.event_driven(rp_scale, self)
+        else:
+            _say(
+                f"runpod {runpod.__version__}: {complaint} (tested: {dispatch.TESTED_SDK}x); "
+                "using the SDK's own loop, in which jobs start up to 0.1 s later"
+            )
+            self._sink.write(self._booted.cold_start())
+        concurrency = self.concurrency
+        runpod.serverless.start(
+            {
+                "handler": self._jobs.handle,
+                "return_aggregate_stream": True,
+                # A value that changes stops intake until every running job is done.
+                "concurrency_modifier": lambda _: concurrency,
+            }
+        )
+        if self._dead is not None:
+            _say(f"{self._dead.message}; the worker ends")
+            return 1
+        return 0
+
+    def attach(self, scaler: Any) -> None:
+        """See `dispatch.Worker`."""
+        self._scaler = scaler
+
+    async def ready(self) -> None:
+        """Warm up in the loop that will run the jobs, and record the cold start."""
+        self._booted.timeline.mark("sdk")
+        await self._booted.engine.warm_up()
+        self._booted.timeline.mark("warm_up")
+        self._sink.write(self._booted.cold_start())
+
+    async def watch(self) -> None:
+        """End the worker when the engine's process dies, also while no job would notice."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            try:
+                self._booted.engine.check()
+            except ColdsnapError as error:
+                self._die(error)
+
+    def stop_jobs(self) -> None:
+        """See `dispatch.Worker`."""
+        reason = f"the worker was stopped and the job did not end within DRAIN_SECONDS={self.drain_seconds:g}"
+        self._jobs.stop(self._dead or Draining(reason))
+
+    def _die(self, error: ColdsnapError) -> None:
+        self._dead = self._dead or error
+        self.drain_seconds = 0.0
+        if self._scaler is not None:
+            self._scaler.kill_worker()
+
+
+def _run_local(booted: Booted, test_input: str) -> int:
+    """Run one job through the SDK's local mode, showing it on the terminal; return the exit code."""
+    import runpod
+
+    records: list[str] = []
+    sink = Sink(booted.settings.ledger_dir, records.append)
+    jobs = Jobs(booted.engine, booted.settings, sink, lambda _: None)
+    view = local.View(booted)
+
+    async def drained(job: dict[str, Any]) -> Any:
+        # The SDK's local mode never iterates a generator: it prints the object and calls it a success.
+        booted.timeline.mark("sdk")
+        await booted.engine.warm_up()
+        booted.timeline.mark("warm_up")
+        cold_start = booted.cold_start()
+        sink.write(cold_start)
+        view.begin(job)
+        chunks = [view.chunk(chunk) async for chunk in jobs.handle(job)]
+        view.end(chunks, cold_start, records)
+        last = chunks[-1]
+        return {"error": last["error"]} if isinstance(last, dict) and "error" in last else {"chunks": chunks}
+
+    sys.argv[1:] = ["--test_input", test_input]
+    try:
+        runpod.serverless.start({"handler": drained})
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def _import_sdk() -> None:
+    importlib.import_module("runpod.serverless.modules.rp_scale")
+    importlib.import_module("uvloop")
+
+
+def _say(message: str) -> None:
+    print(f"coldsnap: {message}", file=sys.stderr, flush=True)  # noqa: T201
