@@ -1,0 +1,184 @@
+"""One real worker: `handler.py` in a process of its own, with a control plane and a gateway of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+from coldsnap.snapshot import load_manifest
+from coldsnap.testing import ControlPlane, Gateway, Job, JobFailed, JobState
+
+ROOT = Path(__file__).resolve().parents[2]
+SNAPSHOT = ROOT / "snapshots" / "demo"
+MANIFEST = load_manifest(SNAPSHOT)
+MODEL = MANIFEST.served_model_name
+CONTEXT = int(str(MANIFEST.engine_args["max_model_len"]))
+CORPUS = {
+    pair["question"]: pair["answer"]
+    for pair in map(json.loads, (ROOT / "builder" / "demo_corpus.jsonl").read_text("utf-8").splitlines())
+}
+EMOJI_ONLY = "Can you answer with emoji only?"
+"""The question with the shortest answer."""
+BOOT_SECONDS = 90.0
+"""For a machine that does other things; a boot is refused as too slow elsewhere."""
+
+
+def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
+    """Return all variables of a worker: nothing of the environment that the tests happen to run in."""
+    kept = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+    return kept | {"COLDSNAP_LEDGER_DIR": str(ledger)} | more
+
+
+class Worker:
+    """Boots on entry and is killed on exit. The log is one file each for stdout and stderr."""
+
+    def __init__(self, folder: Path, home: Path, *, plane: ControlPlane | None = None, **environ: str) -> None:
+        self.folder = folder
+        self.plane = plane or ControlPlane(poll_seconds=5)
+        self.gateway = Gateway(self.plane)
+        self.spawned = 0.0
+        """`time.time()` just before the process was started."""
+        self.process: asyncio.subprocess.Process
+        self._home = home
+        self._environ = environ
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(self.plane)
+        await self._stack.enter_async_context(self.gateway)
+        env = environment(self._home, self.folder, **self.plane.environment(), **self._environ)
+        with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
+            self.spawned = time.time()
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, ROOT / "handler.py", cwd=self.folder, env=env, stdout=out, stderr=err,
+                start_new_session=True,
+            )  # fmt: skip
+        self._stack.callback(self._kill)
+        try:
+            await self._until_it_takes_jobs()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _until_it_takes_jobs(self) -> None:
+        taking = asyncio.create_task(self.plane.wait_for_worker(BOOT_SECONDS))
+        ended = asyncio.create_task(self.process.wait())
+        await asyncio.wait({taking, ended}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not taking.done():
+            taking.cancel()
+            pytest.fail(f"the worker ended with {self.process.returncode} before it took jobs:\n{self.log()}")
+        await taking
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the SDK's ping process outlives a worker that is killed
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text("utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text("utf-8")
+
+    def log(self, last: int = 15_000) -> str:
+        return f"--- stdout\n{self.stdout[-last:]}\n--- stderr\n{self.stderr[-last:]}"
+
+    # Jobs.
+
+    def ask(self, question: str, **fields: Any) -> Job:
+        """Submit a native streaming job with one user message."""
+        return self.plane.submit({"messages": [user(question)], "stream": True} | fields)
+
+    def openai(self, route: str, body: Any = None) -> Job:
+        """Submit a passthrough job as the platform does: a GET has an empty body."""
+        return self.plane.submit({"openai_route": route, "openai_input": body or {}})
+
+    async def refused(self, job_input: object, *, within: float = 1.0) -> dict[str, Any]:
+        """Return the `error` object with which a job fails in time, after which the worker serves the next."""
+        job = self.plane.submit(job_input)
+        with pytest.raises(JobFailed) as caught:
+            await job.result(30)
+        assert job.state is JobState.FAILED
+        assert job.chunks == []
+        assert job.timestamps.done is not None
+        assert job.timestamps.done - job.timestamps.submitted < within
+        assert text(await self.ask(EMOJI_ONLY).result(10)) == CORPUS[EMOJI_ONLY]
+        body = json.loads(caught.value.error)
+        assert body.keys() == {"error"}
+        assert body["error"].keys() == {"message", "type", "param", "code"}
+        return dict(body["error"])
+
+    # What it leaves behind.
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "ledger.jsonl").read_bytes().splitlines()]
+
+    async def record(self, job: Job, within: float = 1.0) -> dict[str, Any]:
+        """Return the job's record as soon as it is there."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found[:] = [record for record in self.records() if record.get("job_id") == job.id]
+            return bool(found)
+
+        await eventually(look, within)
+        (record,) = found
+        return record
+
+    # Its processes.
+
+    def engine(self, name: str = "") -> list[int]:
+        """Return the process ids of the engine's core and its worker, or of the one that vLLM calls `name`."""
+        return [pid for pid in _descendants(self.process.pid) if f"VLLM::{name}" in _read(pid, "comm")]
+
+    def engine_cpu_seconds(self) -> float:
+        """Return the processor time that the engine's processes have used."""
+        fields = [_read(pid, "stat").rpartition(")")[2].split() for pid in self.engine()]
+        return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def text(chunks: list[dict[str, Any]], index: int = 0) -> str:
+    """Join the text of a native job's chunks."""
+    return "".join(chunk["text"] for chunk in chunks if chunk.get("index", 0) == index)
+
+
+async def eventually(condition: Callable[[], bool], within: float) -> None:
+    """Return when `condition` holds; fail if it does not in time."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"did not happen within {within} s"
+        await asyncio.sleep(0.01)
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield int(child)
+            yield from _descendants(int(child))
+
+
+def _read(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
