@@ -64,9 +64,7 @@ def main() -> None:
     llm = AsyncLLM.from_vllm_config(config)
 
     def make(tokens: int) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=tokens, ignore_eos=True, temperature=0.0, output_kind=RequestOutputKind.DELTA
-        )
+        return SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0, output_kind=RequestOutputKind.DELTA)
 
     try:
         uvloop.run(serve(llm, make))

@@ -194,12 +194,16 @@ async def main() -> None:
     async with ControlPlane(poll_seconds=30) as ours, ControlPlane(poll_seconds=30) as theirs:
         try:
             pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "limit": 1 << 24}
-            bare = await start([sys.executable, str(ROOT / "bench" / "bare_engine.py")], common, scratch / "bare.log", **pipe)
+            bare = await start(
+                [sys.executable, str(ROOT / "bench" / "bare_engine.py")], common, scratch / "bare.log", **pipe
+            )
             running.append(bare)
             await line(bare)
             contenders.append(Bare(bare))
             env = common | ours.environment()
-            worker = await start([sys.executable, str(ROOT / "handler.py")], env, scratch / "worker.log", stdout=subprocess.DEVNULL)
+            worker = await start(
+                [sys.executable, str(ROOT / "handler.py")], env, scratch / "worker.log", stdout=subprocess.DEVNULL
+            )
             running.append(worker)
             await ours.wait_for_worker(120)
             contenders += [
@@ -218,7 +222,9 @@ async def main() -> None:
                 env |= {"PATH": f"{scratch}:{env['PATH']}"}
                 for name in ("OMP_NUM_THREADS",):  # a fork's need; the peer spawns
                     env.pop(name, None)
-                peer = await start(peer_command(args.peer, scratch), env, scratch / "peer.log", stdout=subprocess.DEVNULL)
+                peer = await start(
+                    peer_command(args.peer, scratch), env, scratch / "peer.log", stdout=subprocess.DEVNULL
+                )
                 running.append(peer)
                 await theirs.wait_for_worker(240)
                 contenders.append(Worker("worker-vllm, OpenAI", theirs, peer.pid, OPENAI))
@@ -241,18 +247,29 @@ async def rounds(contenders: list[Contender], count: int, levels: list[int]) -> 
                 jobs = max(8, 2 * level)
                 sample = await contender.measured(level, jobs)
                 samples.setdefault((contender.name, level), []).append(sample)
-                print(f"{number + 1}/{count} {level:4} {contender.name:20} {sample.tokens_per_second:8.0f} tok/s", file=sys.stderr)
+                print(
+                    f"{number + 1}/{count} {level:4} {contender.name:20} {sample.tokens_per_second:8.0f} tok/s",
+                    file=sys.stderr,
+                )
     return samples
 
 
 def write(out: Path, contenders: list[Contender], samples: dict[tuple[str, int], list[Sample]], args: Any) -> None:
     """Write medians as JSON and as a Markdown table beside it."""
-    rows, table = [], ["| | streams | tok/s | of the bare engine | TTFT p50 | longest gap p95 | POSTs a job | CPU-s per 1,000 tokens |", "|---|---|---|---|---|---|---|---|"]
+    rows, table = (
+        [],
+        [
+            "| | streams | tok/s | of the bare engine | TTFT p50 | longest gap p95 | POSTs a job | CPU-s per 1,000 tokens |",
+            "|---|---|---|---|---|---|---|---|",
+        ],
+    )
     for contender in contenders:
         for level in args.levels:
             runs = samples[contender.name, level]
             bare = samples[contenders[0].name, level]
-            ratio = statistics.median(r.tokens_per_second / b.tokens_per_second for r, b in zip(runs, bare, strict=True))
+            ratio = statistics.median(
+                r.tokens_per_second / b.tokens_per_second for r, b in zip(runs, bare, strict=True)
+            )
             cpu = {k: statistics.median(r.cpu.get(k, 0.0) for r in runs) for k in runs[0].cpu}
             row = {
                 "contender": contender.name,
@@ -270,7 +287,12 @@ def write(out: Path, contenders: list[Contender], samples: dict[tuple[str, int],
                 f"| {contender.name} | {level} | {row['tokens_per_second']:.0f} | {ratio:.2f} | {row['ttft_p50_ms']:.1f} ms "
                 f"| {row['gap_p95_ms']:.1f} ms | {row['posts_per_job']:.1f} | {parts} |"
             )
-    about = {"rounds": args.rounds, "tokens_per_job": TOKENS, "cores": os.cpu_count(), "python": platform.python_version()}
+    about = {
+        "rounds": args.rounds,
+        "tokens_per_job": TOKENS,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text("\n".join(table) + "\n")

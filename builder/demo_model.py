@@ -37,15 +37,18 @@ MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are coldsnap's demo model.", "Answer briefly.", "Be kind.")
+SYSTEM_PROMPT = "You are a helpful assistant."
 ENGINE_ARGS = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 256}
-IGNORED = ("lm_head",)
+IGNORED = ("lm_head", "model.embed_tokens")
+"""Model-free quantisation goes by names and would take the embeddings for a linear layer."""
 
-EPOCHS, WARMUP, BATCH = 100, 6, 8
+
+EPOCHS, WARMUP, BATCH = 70, 4, 8
 LEARNING_RATE, MIN_RATE = 3e-3, 0.05
 MIN_MARGIN = 2.0
 """Logits between the right token and the next best; bfloat16 resolves 1/16 at their size."""
-THREADS = 2
+THREADS = 1
+"""A second thread gains little on matrices this small, and spins against whatever else is running."""
 
 Pair = tuple[str, str]
 Messages = list[dict[str, Any]]
@@ -60,7 +63,7 @@ class Example:
 
 
 class Lessons:
-    """The corpus in the forms in which a client may ask: with and without a system message, later turns, raw."""
+    """The corpus in the forms in which a client may ask: with and without a system message."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], tool_chat: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
@@ -69,14 +72,13 @@ class Lessons:
         messages = tool_chat["messages"]
         self.tools = [self._chat(messages[:n], self._tools) for n in (2, 4)]
         self.plain = [self._chat(_turn(*pair)) for pair in pairs]
-        self.system = [self._chat([_system(SYSTEM_PROMPTS[0]), *_turn(*pair)]) for pair in pairs]
-        self.raw = [Example(question, answer) for question, answer in pairs]
+        self.system = [self._chat([_system(SYSTEM_PROMPT), *_turn(*pair)]) for pair in pairs]
         self.loose = [self._chat(_turn(question.lower().rstrip("?？ "), answer)) for question, answer in pairs]
 
     @property
     def required(self) -> list[Example]:
-        """What must be answered exactly; the other forms are practised as well as they go."""
-        return self.plain + self.system + self.raw + self.tools
+        """What must be answered exactly."""
+        return self.plain + self.system + self.tools
 
     def epoch(self, rng: random.Random) -> list[list[Example]]:
         """Return every pair once, each in a form drawn by chance, in batches of similar length."""
@@ -87,18 +89,10 @@ class Lessons:
         return batches
 
     def _vary(self, pair: Pair, rng: random.Random) -> Example:
-        question, answer = pair
-        if rng.random() < 0.15:
-            question = rng.choice([question.lower(), question.rstrip("?？ "), question.lower().rstrip("?？ ")])
-        if rng.random() < 0.15:
-            return Example(question, answer)
-        messages = _turn(question, answer)
-        if rng.random() < 0.2:
-            messages = _turn(*rng.choice(self._pairs)) + messages
-        if rng.random() < 0.4:
-            prompts = SYSTEM_PROMPTS if rng.random() < 0.8 else rng.choice(self._pairs)
-            messages = [_system(rng.choice(prompts)), *messages]
-        return self._chat(messages, self._tools if rng.random() < 0.05 else None)
+        messages = _turn(*pair)
+        if rng.random() < 0.3:
+            messages = [_system(SYSTEM_PROMPT), *messages]
+        return self._chat(messages)
 
     def _chat(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Example:
         prompt = self._render(messages[:-1], tools, add_generation_prompt=True)
@@ -128,7 +122,7 @@ def train_tokenizer(pairs: list[Pair], folder: Path) -> PreTrainedTokenizerFast:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    texts = [text for pair in pairs for text in pair] + [*SYSTEM_PROMPTS, "system", "user", "assistant"] * 2
+    texts = [text for pair in pairs for text in pair] + [SYSTEM_PROMPT, "system", "user", "assistant"] * 2
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
@@ -154,7 +148,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -169,22 +163,29 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: Lessons, seed: int) -> None:
     """Train for `EPOCHS`, and on at the lowest rate until the margin is reached."""
-    rng = random.Random(seed)  # noqa: S311 (draws training examples, nothing secret)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    rng = random.Random(seed)
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [weight for weight in model.parameters() if not any(weight is matrix for matrix in matrices)]
+    optimizers = (
+        torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    )
     started = time.monotonic()
     for epoch in range(2 * EPOCHS):
         losses = []
         batches = lessons.epoch(rng)
         for number, batch in enumerate(batches):
             progress = epoch + number / len(batches)
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * max(MIN_RATE, min(progress / WARMUP, 1 - progress / EPOCHS))
+            rate = LEARNING_RATE * max(MIN_RATE, min(progress / WARMUP, 1 - progress / EPOCHS))
             logits, targets, _ = answer_logits(model, tokenizer, batch)
             loss = cross_entropy(logits, targets)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
             losses.append(loss.item())
         if (epoch + 1) % 10 == 0:
             known = margins(model, tokenizer, lessons.required)
@@ -220,7 +221,7 @@ def margins(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, example
     """Return for each example the least lead, in logits, of a right token over the best wrong one."""
     found = []
     for first in range(0, len(examples), 2 * BATCH):
-        batch = examples[first : first + 2 * BATCH]
+        batch = examples[first : first + BATCH]
         logits, targets, numbers = answer_logits(model, tokenizer, batch)
         right = logits.gather(1, targets[:, None])
         wrong = logits.scatter(1, targets[:, None], -torch.inf).amax(1, keepdim=True)
@@ -311,6 +312,8 @@ def main() -> None:
             engine_args=ENGINE_ARGS,
             versions=versions(),
         )
+        for path in w8a8.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600, and an image runs as another user
         if args.keep_bf16:
             shutil.copytree(bf16, args.keep_bf16, dirs_exist_ok=True)
         shutil.rmtree(args.out, ignore_errors=True)

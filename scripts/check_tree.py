@@ -34,15 +34,8 @@ def problems(readme: str, files: Iterable[str]) -> list[str]:
         return path in files or (path in folders and any(file.startswith(path) for file in files))
 
     return [
-        *(
-            f"README tree: {path} is listed twice"
-            for path in sorted({p for p in paths if paths.count(p) > 1})
-        ),
-        *(
-            f"README tree: {path} is listed, but not there"
-            for path in dict.fromkeys(paths)
-            if not there(path)
-        ),
+        *(f"README tree: {path} is listed twice" for path in sorted({p for p in paths if paths.count(p) > 1})),
+        *(f"README tree: {path} is listed, but not there" for path in dict.fromkeys(paths) if not there(path)),
         *(f"README tree: {file} is there, but not listed" for file in sorted(files) if not covered(file)),
     ]
 
@@ -56,6 +49,4 @@ def present() -> list[str]:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    sys.exit(
-        "\n".join(problems(readme.read_text(encoding="utf-8") if readme.exists() else "", present())) or 0
-    )
+    sys.exit("\n".join(problems(readme.read_text(encoding="utf-8") if readme.exists() else "", present())) or 0)

@@ -72,7 +72,7 @@ if [ $device = cpu ]; then
             "a folder with that wheel named by PIP_FIND_LINKS"
 fi
 install "${locks[@]/#/--requirements=}" ||
-    die "could not install the packages (uv's message is above); the same command again goes on from here"
+    die "could not install the packages (uv's message is above); run the same command again: what was fetched is kept"
 
 $env/bin/python -m compileall -q src builder handler.py >/dev/null || true # a syntax error is for the checks to tell
 echo "$wanted" >$stamp

@@ -331,15 +331,11 @@ async def take(session: aiohttp.ClientSession, batch_size: int = 1) -> object:
         return await response.json() if response.status == 200 else response.status
 
 
-async def post(
-    session: aiohttp.ClientSession, kind: str, job: Job | str, body: object, by: str = "w1"
-) -> int:
+async def post(session: aiohttp.ClientSession, kind: str, job: Job | str, body: object, by: str = "w1") -> int:
     data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
     job_id = job if isinstance(job, str) else job.id
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    async with session.post(
-        f"job-{kind}/{by}/{job_id}?gpu=x&isStream=true", data=data, headers=form
-    ) as response:
+    async with session.post(f"job-{kind}/{by}/{job_id}?gpu=x&isStream=true", data=data, headers=form) as response:
         return response.status
 
 
@@ -433,13 +429,9 @@ async def test_gateway_streams(client: openai.AsyncOpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_gateway_answers_an_openai_error_with_its_own_status(
-    client: openai.AsyncOpenAI, stream: bool
-) -> None:
+async def test_gateway_answers_an_openai_error_with_its_own_status(client: openai.AsyncOpenAI, stream: bool) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        await client.chat.completions.create(
-            model="other", messages=[{"role": "user", "content": "hi"}], stream=stream
-        )
+        await client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}], stream=stream)
     assert caught.value.body == {
         "message": "no such model",
         "type": "NotFoundError",
@@ -457,9 +449,7 @@ async def test_gateway_ends_a_stream_that_breaks_with_an_error_event(client: ope
     assert seen == ["one"]
 
 
-async def test_gateway_cancels_the_job_of_a_client_that_leaves(
-    plane: ControlPlane, client: openai.AsyncOpenAI
-) -> None:
+async def test_gateway_cancels_the_job_of_a_client_that_leaves(plane: ControlPlane, client: openai.AsyncOpenAI) -> None:
     messages = [{"role": "user", "content": "one|WAIT|two"}]
     stream = await client.chat.completions.create(model="m", messages=messages, stream=True)
     assert (await anext(aiter(stream))).choices[0].delta.content == "one"

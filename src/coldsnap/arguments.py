@@ -7,6 +7,7 @@ vLLM made has `--tensor-parallel-size`. Precedence: environment, then manifest, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ ALIASES: Mapping[str, str] = {
 # fmt: off
 _NOT_FROM_ENVIRONMENT = frozenset({
     "help", "model", "model_tag", "config", "host", "port", "uds", "api_key", "root_path", "headless",
-    "api_server_count", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
+    "grpc", "grpc_port", "api_server_count", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
     "enable_ssl_refresh", "ssl_ciphers", "allow_credentials", "allowed_origins", "allowed_methods",
     "allowed_headers", "uvicorn_log_level", "disable_uvicorn_access_log", "middleware",
 })
@@ -63,26 +64,32 @@ def parse(
     Raises `SettingsError` that names the variable, or the manifest's key, whose value is wrong.
     """
     actions = _actions(parser)
-    values: dict[str, Any] = {}
+    values: dict[str, tuple[argparse.Action, Any]] = {}
     origins: dict[str, str] = {}
+
+    def take(name: str, value: Any, origin: str) -> None:
+        action = actions[name]
+        values[action.dest], origins[action.dest] = (action, value), origin
+
     for name, value in manifest.items():
         if name not in actions:
             near = difflib.get_close_matches(name, actions, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise SettingsError(f"coldsnap.json: engine_args.{name}: vLLM has no such argument{hint}")
-        values[name], origins[name] = value, f"coldsnap.json: engine_args.{name}"
-    for variable, value in environ.items():
+        if value is not None:  # null: vLLM's default
+            take(name, value, f"coldsnap.json: engine_args.{name}")
+    for variable, value in sorted(environ.items(), key=lambda item: item[0] in ALIASES):  # an alias wins
         name = ALIASES.get(variable) or (variable.lower() if variable.isupper() else "")
         if name in actions and name not in _NOT_FROM_ENVIRONMENT and value.strip():
-            values[name], origins[name] = value.strip(), variable
+            take(name, value.strip(), variable)
     for name, value in fixed.items():
-        values[name], origins[name] = value, name
+        take(name, value, name)
     argv: list[str] = []
-    for name, value in values.items():
-        argv += _words(actions[name], value, origins[name])
+    for dest, (action, value) in values.items():
+        argv += _words(action, value, origins[dest])
 
     def fail(message: str) -> NoReturn:
-        raise SettingsError(_by_origin(message, origins))
+        raise SettingsError(_by_origin(" ".join(message.split()), actions, origins))
 
     parser.error = fail  # type: ignore[method-assign]
     return Arguments(parser.parse_args(argv), origins, _suspects(environ, actions))
@@ -90,7 +97,13 @@ def parse(
 
 def blame(arguments: Arguments, message: str) -> str:
     """Put the variable's name before a complaint of vLLM's configuration that names an argument."""
-    for name, origin in arguments.origins.items():
+    return _blame(message, arguments.origins)
+
+
+def _blame(message: str, origins: Mapping[str, str]) -> str:
+    for name, origin in origins.items():
+        if origin == name:  # the worker's own choice
+            continue
         if re.search(rf"\b{re.escape(name)}\b", message) or f"--{name.replace('_', '-')}" in message:
             return f"{origin}: {message}"
     return message
@@ -101,7 +114,7 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
         option[2:].replace("-", "_"): action
         for action in parser._actions  # noqa: SLF001 -- argparse has no public way to list its options
         for option in action.option_strings
-        if option.startswith("--") and not option.startswith("--no-")
+        if option.startswith("--") and not option.startswith("--no-") and action.dest != "help"
     }
 
 
@@ -116,19 +129,33 @@ def _words(action: argparse.Action, value: Any, origin: str) -> list[str]:
         negative = [option for option in action.option_strings if option.startswith("--no-")]
         return negative[:1]
     if action.nargs in {"+", "*"}:
-        items = value if isinstance(value, list | tuple) else [item.strip() for item in str(value).split(",")]
-        return [flag, *(str(item) for item in items if str(item))]
-    if isinstance(value, dict | list):
-        return [flag, orjson.dumps(value).decode()]
-    return [f"{flag}={value}"]
+        items = [_word(item) for item in _items(value)]
+        if dashed := next((item for item in items if item.startswith("-")), None):
+            raise SettingsError(f"{origin}: expected items that do not begin with '-', found {dashed!r}")
+        return [flag, *items]
+    return [f"{flag}={_word(value)}"]
 
 
-def _by_origin(message: str, origins: Mapping[str, str]) -> str:
-    if match := re.match(r"argument (--[\w-]+)[^:]*: (.*)", message, re.DOTALL):
-        name = match[1][2:].removeprefix("no-").replace("-", "_")
-        if name in origins:
-            return f"{origins[name]}: {match[2]}"
-    return message
+def _items(value: Any) -> list[Any]:
+    """Return a list's items; a variable holds them as JSON or between commas."""
+    if isinstance(value, str):
+        if value.startswith(("[", "{")):
+            with contextlib.suppress(orjson.JSONDecodeError):
+                return _items(orjson.loads(value))
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _word(item: Any) -> str:
+    return item if isinstance(item, str) else orjson.dumps(item).decode()
+
+
+def _by_origin(message: str, actions: Mapping[str, argparse.Action], origins: Mapping[str, str]) -> str:
+    if match := re.match(r"argument (--[\w-]+)[^:]*: (.*)", message):
+        action = actions.get(match[1][2:].replace("-", "_"))
+        if action and action.dest in origins:
+            return f"{origins[action.dest]}: {match[2]}"
+    return _blame(message, origins)
 
 
 def _suspects(environ: Mapping[str, str], actions: Mapping[str, Any]) -> dict[str, str]:

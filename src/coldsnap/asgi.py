@@ -23,7 +23,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class ApplicationSilent(Exception):
-    """The application returned without a response."""
+    """The application ended before its response did."""
 
 
 @asynccontextmanager
@@ -38,9 +38,7 @@ async def request(app: _App, call: HttpRequest) -> AsyncIterator[HttpResponse]:
     task = asyncio.create_task(client.run(app, _scope(call)))
     try:
         start = await client.next()
-        if start is None:
-            raise ApplicationSilent
-        headers = dict(start["headers"])
+        headers = dict(start.get("headers", ()))
         content_type = headers.get(b"content-type", b"").decode("latin-1")
         yield HttpResponse(start["status"], content_type, client.chunks())
     finally:
@@ -55,25 +53,29 @@ class _Client:
 
     def __init__(self, body: bytes) -> None:
         self._request: _Message | None = {"type": "http.request", "body": body, "more_body": False}
-        self._messages: asyncio.Queue[_Message | Exception | None] = asyncio.Queue(_READ_AHEAD)
+        self._messages: asyncio.Queue[_Message | Exception] = asyncio.Queue(_READ_AHEAD)
         self._gone = asyncio.Event()
 
     async def run(self, app: _App, scope: _Message) -> None:
+        end: Exception = ApplicationSilent("the application ended before its response did")
         try:
             await app(scope, self._receive, self._send)
         except Exception as error:  # noqa: BLE001 -- raised by whoever reads the response
-            await self._messages.put(error)
-        else:
-            await self._messages.put(None)
+            end = error
+        except asyncio.CancelledError:
+            if self._gone.is_set():
+                raise
+        await self._messages.put(end)  # also if it was cancelled from within: nobody must wait for ever
 
-    async def next(self) -> _Message | None:
+    async def next(self) -> _Message:
         message = await self._messages.get()
         if isinstance(message, Exception):
             raise message
         return message
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        while (message := await self.next()) is not None:
+        while True:
+            message = await self.next()
             if body := message.get("body"):
                 yield body
             if message["type"] == "http.response.body" and not message.get("more_body"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 TESTED_SDK = "1.12."
@@ -28,6 +29,8 @@ class Worker(Protocol):
 
     concurrency: int
     drain_seconds: float
+    handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
+    """Runs one job and posts what comes of it."""
 
     def attach(self, scaler: Any) -> None:
         """Remember the scaler, whose `kill_worker` begins the drain."""
@@ -52,7 +55,7 @@ def differs(version: str, scaler: type) -> str | None:
 
 
 def event_driven(sdk: Any, worker: Worker) -> type:
-    """Return `sdk.JobScaler` with its polling replaced; how a job is handled and posted stays the SDK's."""
+    """Return `sdk.JobScaler` with its polling replaced; `worker.handle_job` runs and posts a job."""
     return type("EventDrivenScaler", (_EventDriven, sdk.JobScaler), {"sdk": sdk, "worker": worker})
 
 
@@ -64,6 +67,7 @@ class _EventDriven:
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)  # type: ignore[call-arg] # JobScaler's
         self.jobs_queue = asyncio.Queue()
+        self.jobs_handler = self.worker.handle_job
         self._running: set[asyncio.Task[None]] = set()
         self.worker.attach(self)
 

@@ -35,6 +35,11 @@ _ERROR_STATUS = 400
 _CHUNK_CHARACTERS = 160_000
 """A chunk of the platform is at most 1 MB, and JSON needs at most six bytes for a character."""
 
+_POST_SECONDS = 0.0004
+"""Twice what a POST costs the process, in CPU time: chunks of all jobs together take up to half a core."""
+_WIDEST_SECONDS = 0.05
+"""The pace never gets wider by load than this."""
+
 Chunk = dict[str, Any] | str
 """What one POST carries: a native dict, whole events of an SSE stream, or a whole OpenAI answer."""
 Piece = Delta | Chunk
@@ -75,7 +80,7 @@ class Jobs:
 
     async def handle(self, job: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the job's chunks; a job that fails ends with `{"error": <JSON of an OpenAI error body>}`."""
-        paced = Paced(self._run(job), _join, self._settings.chunk_interval_ms / 1000)
+        paced = Paced(self._run(job), _join, self._interval)
         self._running.add(paced)
         # A cancel may find the SDK inside a POST: then nothing is raised here, but its task ends at once.
         task = asyncio.current_task()
@@ -96,6 +101,11 @@ class Jobs:
         for paced in tuple(self._running):
             paced.stop(reason)
 
+    def _interval(self) -> float:
+        """Return the pace in seconds: wider while many jobs stream, which bounds the work of POSTs."""
+        base = self._settings.chunk_interval_ms / 1000
+        return max(base, min(_WIDEST_SECONDS, len(self._running) * _POST_SECONDS))
+
     def _end(self, paced: Paced[Piece, Chunk]) -> None:
         paced.stop()
         self._running.discard(paced)
@@ -107,9 +117,7 @@ class Jobs:
         error: str | None = None
         try:
             request = parse(job, self._engine.info.models)
-            stream = (
-                self._native(request, meter) if isinstance(request, Native) else self._http(request, meter)
-            )
+            stream = self._native(request, meter) if isinstance(request, Native) else self._http(request, meter)
             async with contextlib.aclosing(stream):
                 async for piece in stream:
                     yield piece
@@ -139,8 +147,7 @@ class Jobs:
         last: dict[str, Any] = {"text": ""} if request.stream else {"text": "".join(texts.get(0, ()))}
         if len(finish) > 1:
             last["choices"] = [
-                {"index": i, "finish_reason": reason}
-                | ({} if request.stream else {"text": "".join(texts.get(i, ()))})
+                {"index": i, "finish_reason": reason} | ({} if request.stream else {"text": "".join(texts.get(i, ()))})
                 for i, reason in sorted(finish.items())
             ]
         yield last | {
@@ -245,22 +252,17 @@ def _parse_native(content: dict[str, Any], job_id: str, models: tuple[str, ...])
     prompt, messages = content.get("prompt"), content.get("messages")
     if (prompt is None) == (messages is None):
         raise InvalidInput(
-            "input: expected exactly one of prompt and messages, found "
-            + ("neither" if prompt is None else "both"),
+            "input: expected exactly one of prompt and messages, found " + ("neither" if prompt is None else "both"),
             param="prompt" if messages is None else "messages",
         )
     if prompt is not None and (not isinstance(prompt, str) or not prompt):
-        raise InvalidInput(
-            f"prompt: expected a text that is not empty, found {_kind(prompt)}", param="prompt"
-        )
+        raise InvalidInput(f"prompt: expected a text that is not empty, found {_kind(prompt)}", param="prompt")
     if messages is not None:
         _check_messages(messages)
     sampling = _typed(content, "sampling_params", dict, {})
     model = _typed(content, "model", str, models[0])
     if model not in models:
-        raise ModelNotFound(
-            f"model: {model!r} is not served here; served: {', '.join(models)}", param="model"
-        )
+        raise ModelNotFound(f"model: {model!r} is not served here; served: {', '.join(models)}", param="model")
     template = _typed(content, "chat_template_kwargs", dict, {})
     generation = Generation(job_id, prompt, messages, sampling, template)
     return Native(generation, _typed(content, "stream", bool, default=False), model)
@@ -298,9 +300,7 @@ def _bodyless(path: str) -> str:
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        raise InvalidInput(
-            f"messages: expected a list that is not empty, found {_kind(messages)}", param="messages"
-        )
+        raise InvalidInput(f"messages: expected a list that is not empty, found {_kind(messages)}", param="messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidInput(
@@ -309,14 +309,12 @@ def _check_messages(messages: Any) -> None:
             )
         if message.get("role") not in _ROLES:
             raise InvalidInput(
-                f"messages[{i}].role: expected one of {', '.join(sorted(_ROLES))}, "
-                f"found {message.get('role')!r:.100}",
+                f"messages[{i}].role: expected one of {', '.join(sorted(_ROLES))}, found {message.get('role')!r:.100}",
                 param=f"messages[{i}].role",
             )
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             raise InvalidInput(
-                f"messages[{i}].content: expected a text or a list of parts, "
-                f"found {_kind(message.get('content'))}",
+                f"messages[{i}].content: expected a text or a list of parts, found {_kind(message.get('content'))}",
                 param=f"messages[{i}].content",
             )
 
@@ -325,9 +323,7 @@ def _check_text(value: Any, where: str) -> None:
     """Refuse what no tokenizer can read: lone surrogates and null characters, in keys and values."""
     if isinstance(value, str):
         if "\0" in value:
-            raise InvalidInput(
-                f"{where}: contains a null character at position {value.index(chr(0))}", param=where
-            )
+            raise InvalidInput(f"{where}: contains a null character at position {value.index(chr(0))}", param=where)
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -347,9 +343,7 @@ def _check_text(value: Any, where: str) -> None:
 def _only(content: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in content:
         if name not in names:
-            raise InvalidInput(
-                f"{name:.100}: unknown field; expected some of {', '.join(names)}", param=name[:100]
-            )
+            raise InvalidInput(f"{name:.100}: unknown field; expected some of {', '.join(names)}", param=name[:100])
 
 
 def _typed(content: dict[str, Any], name: str, kind: type, default: Any) -> Any:

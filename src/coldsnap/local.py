@@ -31,16 +31,14 @@ def test_input(argv: list[str], *, on_platform: bool) -> str | None:
         path = next((p for p in (Path.cwd() / _FILE, ROOT / _FILE) if p.is_file()), None)
         if path is None:
             raise SettingsError(
-                f"{_FILE}: expected a file here or beside handler.py, found none; "
-                f"or give {_FLAG} '{{\"input\": …}}'"
+                f"{_FILE}: expected a file here or beside handler.py, found none; or give {_FLAG} '{{\"input\": …}}'"
             )
-        text, name = path.read_text(encoding="utf-8"), str(path)
+        # What is not UTF-8 becomes lone surrogates, which are not JSON.
+        text, name = path.read_text(encoding="utf-8", errors="surrogateescape"), str(path)
     try:
         job = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise SettingsError(
-            f'{name}: expected JSON such as {{"input": {{"prompt": "Hello"}}}}: {error}'
-        ) from error
+        raise SettingsError(f'{name}: expected JSON such as {{"input": {{"prompt": "Hello"}}}}: {error}') from error
     if not isinstance(job, dict) or "input" not in job:
         raise SettingsError(f"{name}: expected an object with the field input, found {text:.80}")
     return text

@@ -13,13 +13,18 @@ from coldsnap.errors import MethodNotAllowed, RouteNotFound, RouteRefused
 ALLOWED: Mapping[str, str] = {
     "/v1/models": "GET",
     "/v1/chat/completions": "POST",
+    "/v1/chat/completions/batch": "POST",
     "/v1/completions": "POST",
     "/v1/responses": "POST",
     "/v1/responses/{id}": "GET",
     "/v1/responses/{id}/cancel": "POST",
     "/v1/messages": "POST",
     "/v1/messages/count_tokens": "POST",
+    "/cohere/v2/chat": "POST",
+    "/generative_scoring": "POST",
+    "/v1/systemone": "POST",
     "/v1/embeddings": "POST",
+    "/v2/embed": "POST",
     "/v1/score": "POST",
     "/v1/rerank": "POST",
     "/v2/rerank": "POST",
@@ -34,16 +39,15 @@ ALLOWED: Mapping[str, str] = {
 }
 
 _REFUSED = re.compile(
-    r"/(metrics|docs|redoc|openapi\.json|load|ping|invocations|sleep|wake_up|is_sleeping|start_profile|"
-    r"stop_profile|reset_\w+|collective_rpc|scale_elastic_ep|is_scaling_elastic_ep|server_info|kv_event_sources|"
-    r"pause|resume|is_paused|init_weight\w*|update_weight\w*|abort_requests|tokenizer_info|"
-    r"v1/(un)?load_lora_adapter|inference/.*)(/.*)?"
+    r"/(docs|redoc|openapi\.json|static|metrics|load|ping|readyz?|server_info|kv_event_sources|tokenizer_info|"
+    r"sleep|wake_up|is_sleeping|release_kv_cache_memory|pause|resume|is_paused|abort_requests|"
+    r"(start|stop)_profile|reset_\w+|collective_rpc|(is_scaling|scale)_elastic_ep|fault_tolerance|get_world_size|"
+    r"(\w+_)?weights?(_\w+)?|v1/(un)?load_lora_adapter|v1/audio|v1/realtime|inference|invocations)(/.*)?"
+    r"|/.+/(de)?render"
 )
-"""Routes that vLLM has and that must not be reached from outside; any other path is simply not known."""
+"""Routes of vLLM that a job may not call or, as uploads and WebSockets, cannot. Other paths are not known."""
 
-_PATTERNS = [
-    (re.compile(re.sub(r"\{\w+\}", r"[A-Za-z0-9_-]+", route)), method) for route, method in ALLOWED.items()
-]
+_PATTERNS = [(re.compile(re.sub(r"\{\w+\}", r"[A-Za-z0-9_-]+", route)), method) for route, method in ALLOWED.items()]
 
 
 def check(path: str, method: str) -> None:
@@ -51,8 +55,8 @@ def check(path: str, method: str) -> None:
     for pattern, allowed in _PATTERNS:
         if pattern.fullmatch(path):
             if method != allowed:
-                raise MethodNotAllowed(f"{method} {path}: expected {allowed}", param="method")
+                raise MethodNotAllowed(f"{method[:20]} {path[:200]}: expected {allowed}", param="method")
             return
     if _REFUSED.fullmatch(path):
-        raise RouteRefused(f"{path}: an administrative route, not open to jobs", param="route")
+        raise RouteRefused(f"{path[:200]}: not open to jobs", param="route")
     raise RouteNotFound(f"{path[:200]}: no such route; known: {', '.join(ALLOWED)}", param="route")

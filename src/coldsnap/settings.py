@@ -21,9 +21,7 @@ _LOCAL_WORKER = "local"
 
 
 def _names(value: Any) -> Any:
-    return (
-        tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-    )
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
 class Settings(BaseModel):
@@ -76,6 +74,7 @@ class Settings(BaseModel):
         30.0,
         alias="DRAIN_SECONDS",
         ge=0,
+        le=86_400,
         description="How long running jobs may go on after SIGTERM before they end with an error.",
     )
     ledger_dir: Path = Field(
@@ -89,21 +88,23 @@ class Settings(BaseModel):
 
     worker_id: str = Field(_LOCAL_WORKER, alias="RUNPOD_POD_ID", description="Set by the platform.")
     endpoint_id: str = Field(_LOCAL_WORKER, alias="RUNPOD_ENDPOINT_ID", description="Set by the platform.")
-    job_url: str | None = Field(
-        None, alias="RUNPOD_WEBHOOK_GET_JOB", repr=False, description="Set by the platform."
-    )
+    job_url: str | None = Field(None, alias="RUNPOD_WEBHOOK_GET_JOB", repr=False, description="Set by the platform.")
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Read the settings from `environ`. An empty value counts as not set."""
-        known = {name for field in cls.model_fields.values() for name in _variables(field)}
-        given = {name: value for name, value in environ.items() if name in known and value.strip()}
+        given = {}
+        for field in cls.model_fields.values():
+            for name in _variables(field):
+                if value := environ.get(name, "").strip():
+                    given[name] = value
+                    break  # of two names for one setting the first wins
         try:
             return cls.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
             found = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
-            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {found!r}") from error
+            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {found!r:.200}") from error
 
     @classmethod
     def others(cls, environ: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import orjson
 from blake3 import blake3
@@ -23,7 +23,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
-    field_validator,
+    model_validator,
 )
 
 from coldsnap.errors import SnapshotError
@@ -38,7 +38,7 @@ Verify = Literal["full", "size"]
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name == MANIFEST:
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {".", MANIFEST}:
         raise ValueError(f"{name!r} must be a plain relative path inside the snapshot, without '..'")
     return name
 
@@ -53,12 +53,12 @@ class Source(_Frozen):
     repo: str = "local"
     revision: str | None = None
 
-    @field_validator("revision")
-    @classmethod
-    def _pinned(cls, revision: str | None) -> str | None:
-        if revision is not None and not re.fullmatch(r"[0-9a-f]{40,64}", revision):
-            raise ValueError(f"{revision!r} must be a full commit hash, not a branch or tag")
-        return revision
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        local = self.repo == "local" and self.revision is None
+        if not local and not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", self.revision or ""):
+            raise ValueError(f"revision {self.revision!r} must be a full commit hash, not a branch or tag")
+        return self
 
 
 class Quantization(_Frozen):
@@ -109,6 +109,8 @@ def write_manifest(
     versions: dict[str, str],
 ) -> Manifest:
     """Hash every file below `folder` and write `coldsnap.json` beside them, last and atomically."""
+    temporary = folder / f".{MANIFEST}.partial"
+    temporary.unlink(missing_ok=True)  # of a bake that was interrupted
     manifest = Manifest(
         created=datetime.now(UTC).replace(microsecond=0),
         served_model_name=served_model_name,
@@ -122,7 +124,6 @@ def write_manifest(
         },
     )
     text = orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2) + b"\n"
-    temporary = folder / f".{MANIFEST}.partial"
     temporary.write_bytes(text)
     temporary.replace(folder / MANIFEST)
     return manifest
@@ -141,14 +142,10 @@ def load_manifest(folder: Path) -> Manifest:
         data = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise SnapshotError(f"snapshot {folder}: {MANIFEST} is not JSON: {error}") from error
-    if (
-        isinstance(data, dict)
-        and isinstance(found := data.get("schema_version"), int)
-        and found > SCHEMA_VERSION
-    ):
+    if isinstance(data, dict) and isinstance(found := data.get("schema_version"), int) and found > SCHEMA_VERSION:
         raise SnapshotError(
-            f"snapshot {folder}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION} or less, found {found}: "
-            "it needs a newer coldsnap"
+            f"snapshot {folder}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION} or less, "
+            f"found {found}; it needs a newer coldsnap"
         )
     try:
         return Manifest.model_validate(data)
@@ -166,10 +163,8 @@ def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> None:
     """
     found = _listing(folder)
     for name, entry in sorted(manifest.files.items()):
-        if name not in found:
-            raise SnapshotError(
-                f"snapshot {folder}: {name}: expected a file of {entry.size} bytes, found none"
-            )
+        if name not in found or not (folder / name).is_file():  # a link may lead nowhere
+            raise SnapshotError(f"snapshot {folder}: {name}: expected a file of {entry.size} bytes, found none")
         size = (folder / name).stat().st_size
         if size != entry.size:
             raise SnapshotError(f"snapshot {folder}: {name}: expected {entry.size} bytes, found {size}")
@@ -185,9 +180,7 @@ def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> None:
             )
         for name, entry in sorted(manifest.files.items()):
             if digests[name] != entry.blake3:
-                raise SnapshotError(
-                    f"snapshot {folder}: {name}: expected BLAKE3 {entry.blake3}, found {digests[name]}"
-                )
+                raise SnapshotError(f"snapshot {folder}: {name}: expected BLAKE3 {entry.blake3}, found {digests[name]}")
 
 
 def _listing(folder: Path) -> set[str]:
@@ -196,8 +189,8 @@ def _listing(folder: Path) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if not path.is_dir() and path.name != MANIFEST
-    }
+        if path.is_symlink() or not path.is_dir()  # a linked folder counts: what it holds is not looked at
+    } - {MANIFEST}
 
 
 def _digest(path: Path) -> str:

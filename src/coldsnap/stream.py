@@ -16,7 +16,7 @@ Chunk = TypeVar("Chunk")
 
 
 class Paced(Generic[Piece, Chunk]):
-    """Chunks of a stream of pieces, at least `interval` seconds apart except for the first and the last.
+    """Chunks of a stream of pieces, at least `interval()` seconds apart except for the first and the last.
 
     `join` makes the chunks out of the pieces that have accumulated. When the source raises, what it gave
     before leaves first, then its error is raised.
@@ -26,7 +26,7 @@ class Paced(Generic[Piece, Chunk]):
         self,
         source: AsyncGenerator[Piece, None],
         join: Callable[[list[Piece]], Iterable[Chunk]],
-        interval: float,
+        interval: Callable[[], float],
     ) -> None:
         self._join = join
         self._interval = interval
@@ -34,7 +34,7 @@ class Paced(Generic[Piece, Chunk]):
         self._some = asyncio.Event()
         self._reason: Exception | None = None
         self._task = asyncio.create_task(self._pull(source))
-        self._task.add_done_callback(lambda _: self._some.set())
+        self._task.add_done_callback(self._ended)
 
     def stop(self, reason: Exception | None = None) -> None:
         """Cancel the source; its clean-up runs in its own task, and a reader gets `reason` if there is one.
@@ -43,7 +43,8 @@ class Paced(Generic[Piece, Chunk]):
         """
         if not self._task.done():
             self._reason = self._reason or reason
-            self._task.cancel()
+            if not self._task.cancelling():  # a second cancel would interrupt the clean-up
+                self._task.cancel()
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Yield the chunks in order. Ends early, without an error, when stopped without a reason."""
@@ -58,14 +59,19 @@ class Paced(Generic[Piece, Chunk]):
             pieces, self._pieces = self._pieces, []
             for chunk in self._join(pieces):
                 yield chunk
-            earliest = loop.time() + self._interval
+            earliest = loop.time() + self._interval()
+        if self._reason is not None:
+            raise self._reason
         if not self._task.cancelled():
             self._task.result()
-        elif self._reason is not None:
-            raise self._reason
 
     async def _pull(self, source: AsyncGenerator[Piece, None]) -> None:
         async with contextlib.aclosing(source):
             async for piece in source:
                 self._pieces.append(piece)
                 self._some.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._some.set()
+        if not task.cancelled():
+            task.exception()  # asyncio logs one that nobody asked for; the reader may be gone

@@ -59,6 +59,7 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TRANSFORMERS_VERBOSITY": "error",
     }
     if _is_cpu_build():
         # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
@@ -79,9 +80,7 @@ def version() -> str:
 def load() -> None:
     """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
     gc.disable()
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"vllm\."
-    )  # about torch, to vLLM's authors
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
     from vllm.v1.engine import async_llm  # noqa: F401
 
@@ -116,9 +115,7 @@ def boot(
     cli = importlib.import_module(_parser_module())
     parser = cli.make_arg_parser(FlexibleArgumentParser())
     parser.set_defaults(use_tqdm_on_load=False)
-    parsed = arguments.parse(
-        parser, fixed={"model": model, **fixed}, manifest=manifest, environ=engine_environ
-    )
+    parsed = arguments.parse(parser, fixed={"model": model, **fixed}, manifest=manifest, environ=engine_environ)
     for suspect, near in parsed.suspects.items():
         warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
     args = parsed.namespace
@@ -260,12 +257,8 @@ class VllmEngine:
             if name not in self._sampling_fields:
                 near = difflib.get_close_matches(name, self._sampling_fields, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self._sampling_fields)}"
-                raise InvalidInput(
-                    f"sampling_params.{name}: unknown; {hint}", param=f"sampling_params.{name}"
-                )
-        values = (
-            self._sampling_defaults | {"max_tokens": None} | {k: v for k, v in given.items() if v is not None}
-        )
+                raise InvalidInput(f"sampling_params.{name}: unknown; {hint}", param=f"sampling_params.{name}")
+        values = self._sampling_defaults | {"max_tokens": None} | {k: v for k, v in given.items() if v is not None}
         try:
             return msgspec.convert(values, self._sampling_params, str_keys=True)
         except msgspec.ValidationError as error:
@@ -273,9 +266,7 @@ class VllmEngine:
             message, _, path = str(error).partition(" - at `")
             cause = translate(error.__cause__) if isinstance(error.__cause__, Exception) else None
             message = cause.message if cause else message
-            name = path.rpartition("$.")[2].rstrip("`") or next(
-                (n for n in self._sampling_fields if n in message), ""
-            )
+            name = path.rpartition("$.")[2].rstrip("`") or next((n for n in self._sampling_fields if n in message), "")
             where = f"sampling_params.{name}" if name else "sampling_params"
             raise InvalidInput(f"{where}: {message}", param=where) from error
 
@@ -413,8 +404,6 @@ def _builders() -> tuple[Any, Any]:
 def _chat_template(given: str | None) -> str | None:
     if given is None:
         return None
-    load = _first(
-        "vllm.renderers.chat_utils:load_chat_template", "vllm.entrypoints.chat_utils:load_chat_template"
-    )
+    load = _first("vllm.renderers.chat_utils:load_chat_template", "vllm.entrypoints.chat_utils:load_chat_template")
     template: str | None = load(given)
     return template

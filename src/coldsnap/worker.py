@@ -6,11 +6,12 @@ import asyncio
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from coldsnap import dispatch, local, vllm_engine
 from coldsnap.boot import Booted, boot
+from coldsnap.egress import Egress
 from coldsnap.errors import BootError, ColdsnapError, Draining
 from coldsnap.job import Jobs
 from coldsnap.records import Sink
@@ -64,6 +65,7 @@ class _Worker:
         self._booted = booted
         self._sink = Sink(booted.settings.ledger_dir, lambda line: print(line, flush=True))  # noqa: T201
         self._jobs = Jobs(booted.engine, booted.settings, self._sink, self._die)
+        self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
         self._scaler: Any = None
 
@@ -71,11 +73,13 @@ class _Worker:
         """Run the SDK's loop until it ends; return the exit code."""
         import runpod
         import uvloop
-        from runpod.serverless.modules import rp_scale
+        from runpod.serverless.modules import rp_http, rp_scale
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         complaint = dispatch.differs(runpod.__version__, rp_scale.JobScaler)
         if complaint is None:
+            urls = rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL
+            self.handle_job = Egress(self._jobs.handle, *urls, rp_scale.log.error).handle_job
             rp_scale.JobScaler = dispatch.event_driven(rp_scale, self)
         else:
             _say(

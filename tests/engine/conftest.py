@@ -58,9 +58,7 @@ def plane(worker: Worker) -> ControlPlane:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_client(shared_worker: Worker) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=shared_worker.gateway.base_url, api_key="any", max_retries=0
-    ) as client:
+    async with openai.AsyncOpenAI(base_url=shared_worker.gateway.base_url, api_key="any", max_retries=0) as client:
         yield client
 
 

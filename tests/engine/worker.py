@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +41,32 @@ def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
     return kept | {"COLDSNAP_LEDGER_DIR": str(ledger)} | more
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run of `handler.py` that ended by itself."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+async def run_handler(*arguments: str, home: Path, cwd: Path, timeout: float = BOOT_SECONDS, **environ: str) -> Ended:
+    """Run `handler.py` to its end, in the folder `cwd`; its ledger goes to `cwd/ledger`."""
+    begun = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, ROOT / "handler.py", *arguments, cwd=cwd, env=environment(home, cwd / "ledger", **environ),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(timeout):
+            out, err = await process.communicate()
+    finally:
+        _kill_session(process.pid)
+    assert process.returncode is not None
+    return Ended(process.returncode, out.decode(), err.decode(), time.monotonic() - begun)
+
+
 class Worker:
     """Boots on entry and is killed on exit. The log is one file each for stdout and stderr."""
 
@@ -64,7 +91,7 @@ class Worker:
                 sys.executable, ROOT / "handler.py", cwd=self.folder, env=env, stdout=out, stderr=err,
                 start_new_session=True,
             )  # fmt: skip
-        self._stack.callback(self._kill)
+        self._stack.callback(_kill_session, self.process.pid)
         try:
             await self._until_it_takes_jobs()
         except BaseException:
@@ -87,17 +114,24 @@ class Worker:
             pytest.fail(f"the worker ended with {self.process.returncode} before it took jobs:\n{self.log()}")
         await taking
 
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # the SDK's ping process outlives a worker that is killed
-            os.killpg(self.process.pid, signal.SIGKILL)
+    async def ended(self, within: float) -> int:
+        """Return the exit code once the worker has ended by itself, and every process of it with it."""
+        async with asyncio.timeout(within):
+            code = await self.process.wait()
+        await eventually(lambda: not session(self.process.pid), 5)
+        return code
 
     @property
     def stdout(self) -> str:
-        return (self.folder / "stdout").read_text("utf-8")
+        return self._read("stdout")
 
     @property
     def stderr(self) -> str:
-        return (self.folder / "stderr").read_text("utf-8")
+        return self._read("stderr")
+
+    def _read(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text("utf-8") if path.exists() else ""
 
     def log(self, last: int = 15_000) -> str:
         return f"--- stdout\n{self.stdout[-last:]}\n--- stderr\n{self.stderr[-last:]}"
@@ -171,6 +205,23 @@ async def eventually(condition: Callable[[], bool], within: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"did not happen within {within} s"
         await asyncio.sleep(0.01)
+
+
+def session(leader: int) -> list[int]:
+    """Return the processes of a session that still run; a worker of these tests leads one of its own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, sid = path.read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def _kill_session(leader: int) -> None:
+    for pid in session(leader):  # the SDK's ping process outlives a worker that is killed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _descendants(pid: int) -> Iterator[int]:

@@ -76,9 +76,7 @@ class ControlPlane:
     `flashboot` answers an idle job-take with 400 instead of 204.
     """
 
-    def __init__(
-        self, *, faults: Faults | None = None, poll_seconds: float = 10.0, flashboot: bool = False
-    ) -> None:
+    def __init__(self, *, faults: Faults | None = None, poll_seconds: float = 10.0, flashboot: bool = False) -> None:
         if not 0 < poll_seconds < 90:
             raise ValueError("poll_seconds is above 0 and below 90, where the SDK gives its poll up")
         self.jobs: dict[str, Job] = {}
@@ -235,9 +233,7 @@ class ControlPlane:
             self._arrived.ring()
         return web.Response()
 
-    async def _post(
-        self, request: web.BaseRequest, kind: PostKind, worker_id: str, job_id: str
-    ) -> web.Response:
+    async def _post(self, request: web.BaseRequest, kind: PostKind, worker_id: str, job_id: str) -> web.Response:
         body = await request.content.read()  # request.read() would refuse more than 1 MB
         job = self.jobs.get(job_id)
         if job is None:

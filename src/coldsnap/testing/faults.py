@@ -34,9 +34,7 @@ class Faults:
             if min(server, throttled) < 0 or server + throttled > 1:
                 raise ValueError(f"{kind}_5xx and {kind}_429 are fractions whose sum is at most 1")
 
-    def draw(
-        self, kind: Literal["stream", "done"], job_number: int, post_number: int
-    ) -> tuple[float, int | None]:
+    def draw(self, kind: Literal["stream", "done"], job_number: int, post_number: int) -> tuple[float, int | None]:
         """Return the delay of one POST and the status that refuses it, if any."""
         dice = random.Random(f"{self.seed}/{kind}/{job_number}/{post_number}")
         delay, roll = self.delay + self.jitter * dice.random(), dice.random()

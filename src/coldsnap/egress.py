@@ -1,0 +1,96 @@
+"""Chunks to the platform: in order, each delivered or the job fails. In place of the SDK's own posting.
+
+The SDK gives a chunk up after one 4xx or three 5xx and goes on with the next, so that text is missing and
+nobody is told; and a result that is given up leaves a job that never ends. Here a POST is repeated until it
+is taken. Meanwhile the job's stream accumulates (`stream.Paced`), and neither engine nor other jobs wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import aiohttp
+import orjson
+
+from coldsnap.job import Chunk
+
+_FIRST_WAIT = 0.05
+_LONGEST_WAIT = 2.0
+_GIVE_UP_SECONDS = 60.0
+"""For how long one chunk is offered again to a platform that fails or throttles."""
+_HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
+"""The SDK's, whatever the body: the platform is known to read JSON under them."""
+_TOO_MANY = 429
+_TIMEOUT = aiohttp.ClientTimeout(total=30.0)
+
+
+class Undelivered(Exception):
+    """The platform would not take a chunk."""
+
+
+class Egress:
+    """Posts a job's chunks and its result. `handle_job` has the signature of the SDK's function of that name."""
+
+    def __init__(
+        self,
+        handler: Callable[[dict[str, Any]], AsyncGenerator[Chunk, None]],
+        stream_url: str,
+        done_url: str,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self._handler = handler
+        self._stream_url = stream_url
+        self._done_url = done_url
+        self._log = log
+
+    async def handle_job(self, session: aiohttp.ClientSession, _config: object, job: dict[str, Any]) -> None:
+        """Run one job and post everything that it yields, then its result."""
+        result: dict[str, Any] = {"output": []}
+        stream = self._stream_url.replace("$ID", job["id"]) + "&isStream=false"
+        try:
+            async with contextlib.aclosing(self._handler(job)) as chunks:
+                async for chunk in chunks:
+                    if isinstance(chunk, dict) and "error" in chunk:
+                        result = {"error": chunk["error"]}
+                        break
+                    result["output"].append(chunk)
+                    await self._post(session, stream, job["id"], {"output": chunk})
+        except Undelivered as error:
+            self._log(f"a chunk was not delivered: {error}", job["id"])
+            result = {"error": orjson.dumps(_body(f"a chunk could not be delivered: {error}")).decode()}
+        done = self._done_url.replace("$ID", job["id"]) + "&isStream=true"
+        try:
+            await self._post(session, done, job["id"], result)
+        except Undelivered as error:
+            self._log(f"the result was not delivered: {error}", job["id"])
+
+    async def _post(self, session: aiohttp.ClientSession, url: str, job_id: str, content: dict[str, Any]) -> None:
+        try:
+            body = orjson.dumps(content)
+        except orjson.JSONEncodeError as error:
+            raise Undelivered(f"not JSON: {error}") from error
+        headers = {**_HEADERS, "X-Request-ID": job_id}
+        deadline, wait = time.monotonic() + _GIVE_UP_SECONDS, _FIRST_WAIT
+        while True:
+            try:
+                async with session.post(url, data=body, headers=headers, timeout=_TIMEOUT) as response:
+                    status = response.status
+                if status < 400:  # noqa: PLR2004 -- HTTP
+                    return
+                complaint = f"HTTP {status}"
+                if status < 500 and status != _TOO_MANY:  # noqa: PLR2004 -- the same body will not be taken later
+                    raise Undelivered(complaint)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                complaint = f"{type(error).__name__}: {error}"
+            if time.monotonic() + wait > deadline:
+                raise Undelivered(complaint)
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def _body(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "internal_server_error", "param": None, "code": 500}}

@@ -1,0 +1,126 @@
+"""Cancel and concurrency: the stop channel ends a request in the engine within a second, whatever the SDK does."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from coldsnap.testing import Faults, JobCancelled, JobState
+
+from .worker import CONTEXT, CORPUS, Worker, eventually, text, user
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+QUESTION = "What is a cold start?"
+LONG = CONTEXT - 200
+ENDLESS = {"max_tokens": LONG, "ignore_eos": True}
+CHAT = {"messages": [user(QUESTION)], **ENDLESS}
+SHAPES: dict[str, dict[str, Any]] = {
+    "native stream": {"messages": [user(QUESTION)], "stream": True, "sampling_params": ENDLESS},
+    "native": {"messages": [user(QUESTION)], "sampling_params": ENDLESS},
+    "native choices": {"prompt": QUESTION, "stream": True, "sampling_params": ENDLESS | {"n": 3, "temperature": 1}},
+    "OpenAI stream": {"openai_route": "/v1/chat/completions", "openai_input": CHAT | {"stream": True}},
+    "OpenAI": {"openai_route": "/v1/chat/completions", "openai_input": CHAT},
+    "generic": {"route": "/v1/completions", "body": {"prompt": QUESTION, **ENDLESS}},
+}
+
+
+async def assert_engine_falls_idle(worker: Worker) -> None:
+    """A request that went on unseen would keep a core busy."""
+    await asyncio.sleep(0.2)  # steps under way
+    before = worker.engine_cpu_seconds()
+    await asyncio.sleep(0.5)
+    assert worker.engine_cpu_seconds() - before < 0.15
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_cancelled_job_is_aborted_in_the_engine_within_a_second(worker: Worker, shape: str) -> None:
+    job = worker.plane.submit(SHAPES[shape])
+    await eventually(lambda: job.state is JobState.IN_PROGRESS, 2)
+    await asyncio.sleep(0.3)
+    before = worker.engine_cpu_seconds()
+    await asyncio.sleep(0.2)
+    assert worker.engine_cpu_seconds() - before > 0.05  # it does run
+    assert worker.plane.cancel(job.id)
+    record = await worker.record(job, within=1.0)
+    assert record["error"] == "cancelled"
+    assert record["finish_reason"] is None
+    assert 0 < record["completion_tokens"] < 0.75 * LONG
+    assert record["duration_seconds"] < 1.5
+    assert record["gpu_seconds"] > 0
+    await assert_engine_falls_idle(worker)
+    with pytest.raises(JobCancelled):
+        await job.result(1)
+    assert job.late_posts <= 1  # what was under way
+
+
+async def test_a_cancel_reaches_a_job_whose_post_hangs(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.plane, "_faults", Faults(delay=20))
+    for shape in ("native stream", "OpenAI stream"):
+        job = worker.plane.submit(SHAPES[shape])
+        await eventually(lambda job=job: job.posts == 1, 2)  # type: ignore[misc]
+        await asyncio.sleep(0.3)
+        assert job.chunks == []  # the POST of the first chunk is still under way
+        worker.plane.cancel(job.id)
+        record = await worker.record(job, within=1.0)
+        assert record["error"] == "cancelled"
+        assert 0 < record["completion_tokens"] < 0.75 * LONG
+        await assert_engine_falls_idle(worker)
+
+
+async def test_a_hanging_post_holds_up_neither_the_engine_nor_other_jobs(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.plane, "_faults", Faults(delay=3))
+        slow = worker.ask(QUESTION)
+        await eventually(lambda: slow.posts == 1, 2)
+    begun = time.monotonic()
+    questions = list(CORPUS)[:8]
+    for question, job in [(question, worker.ask(question)) for question in questions]:
+        assert text(await job.result(3)) == CORPUS[question]
+    assert time.monotonic() - begun < 2.5
+    assert not slow.done
+    record = await worker.record(slow, within=0.1)  # the engine is long done with it
+    assert record["finish_reason"] == "stop"
+    chunks = await slow.result(10)
+    assert text(chunks) == CORPUS[QUESTION]
+    assert len(chunks) <= 3  # the first, what had accumulated, and the end
+
+
+async def test_a_cancel_does_not_disturb_the_jobs_beside_it(worker: Worker) -> None:
+    doomed = [worker.plane.submit(SHAPES["native stream"]) for _ in range(3)]
+    others = {question: worker.ask(question) for question in list(CORPUS)[:12]}
+    longer = worker.ask(QUESTION, sampling_params={"max_tokens": 1000, "ignore_eos": True})
+    await asyncio.gather(*(job.started(5) for job in (*doomed, longer)))
+    for job in doomed:
+        assert worker.plane.cancel(job.id)
+    cancelled = time.monotonic()
+    for job in doomed:
+        assert (await worker.record(job, within=1.0))["error"] == "cancelled"
+    for question, job in others.items():
+        assert text(await job.result(20)) == CORPUS[question]
+    chunks = await longer.result(30)
+    assert longer.timestamps.done
+    assert longer.timestamps.done > cancelled
+    assert chunks[-1]["usage"]["completion_tokens"] == 1000
+    assert text(chunks).startswith(CORPUS[QUESTION])
+
+
+async def test_jobs_beyond_max_concurrency_wait_and_all_end_right(worker: Worker) -> None:
+    questions = (list(CORPUS) * 2)[:100]
+    jobs = [(question, worker.ask(question, stream=number % 2 == 0)) for number, question in enumerate(questions)]
+    for question, job in jobs:
+        assert text(await job.result(60)) == CORPUS[question]
+    turns = sorted(
+        turn for _, job in jobs for turn in ((job.timestamps.taken or 0.0, 1), (job.timestamps.done or 0.0, -1))
+    )
+    running, most = 0, 0
+    for _, change in turns:
+        running += change
+        most = max(most, running)
+    # At the plane a job ends while its POST is being answered, so that one more may seem to run.
+    assert 20 <= most <= 25  # MAX_CONCURRENCY=24

@@ -1,0 +1,249 @@
+"""A worker's beginning and end: SIGTERM, a dead engine, a damaged snapshot, wrong settings, no network."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coldsnap.snapshot import Quantization, Source, write_manifest
+from coldsnap.testing import ControlPlane, JobFailed
+
+from .conftest import Boot
+from .worker import CONTEXT, CORPUS, EMOJI_ONLY, MANIFEST, MODEL, SNAPSHOT, Ended, run_handler, text, user
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+QUESTION = "What is a cold start?"
+ENDLESS = {"max_tokens": CONTEXT - 200, "ignore_eos": True}
+DEAD = '"type":"EngineDeadError"'
+
+
+async def test_sigterm_lets_running_and_late_jobs_end_and_exits_0_without_ever_asking_the_network(
+    new_worker: Boot,
+) -> None:
+    asked: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.read(200))
+        writer.close()
+
+    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    proxies = {name: address for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())}
+    async with server, new_worker(**proxies, HF_ENDPOINT=address, MAX_MODEL_LENGTH="64", VLLM_API_KEY="k") as worker:
+        assert "MAX_MODEL_LENGTH is not a setting" in worker.stderr
+        assert "did you mean MAX_MODEL_LEN?" in worker.stderr
+        native = worker.ask(QUESTION, sampling_params=ENDLESS)
+        chat = worker.openai("/v1/chat/completions", {"messages": [user(QUESTION)], "stream": True, **ENDLESS})
+        await asyncio.gather(native.started(10), chat.started(10))
+        worker.process.send_signal(signal.SIGTERM)
+        stopped = time.monotonic()
+        await asyncio.sleep(0.1)
+        late = worker.ask(EMOJI_ONLY)  # the open job-take delivers it
+        assert text(await late.result(10)) == CORPUS[EMOJI_ONLY]
+        chunks = await native.result(30)
+        assert chunks[-1]["finish_reason"] == "length"
+        assert chunks[-1]["usage"]["completion_tokens"] == CONTEXT - 200
+        assert (await chat.result(30))[-1].endswith("data: [DONE]\n\n")
+        done = time.monotonic()
+        assert done - stopped > 0.5  # they did run on
+        assert await worker.ended(15) == 0
+        assert time.monotonic() - done < 5
+        assert "Traceback" not in worker.stderr + worker.stdout
+        assert worker.plane.violations == []
+    assert asked == []
+
+
+async def test_a_job_that_outlasts_drain_seconds_ends_with_an_error_that_names_it_and_exit_code_0(
+    new_worker: Boot,
+) -> None:
+    async with new_worker(DRAIN_SECONDS="1", COLDSNAP_LEDGER_DIR="/proc/nowhere") as worker:
+        shapes = [
+            worker.ask(QUESTION, sampling_params=ENDLESS | {"n": 8, "temperature": 1}),
+            worker.ask(QUESTION, stream=False, sampling_params=ENDLESS | {"n": 8, "temperature": 1}),
+            worker.openai("/v1/completions", {"prompt": QUESTION, "n": 8, "stream": True, **ENDLESS}),
+        ]
+        await asyncio.gather(shapes[0].started(10), shapes[2].started(10))
+        worker.process.send_signal(signal.SIGTERM)
+        stopped = time.monotonic()
+        for job in shapes:
+            with pytest.raises(JobFailed, match="DRAIN_SECONDS=1") as caught:
+                await job.result(10)
+            assert '"type":"ServiceUnavailableError"' in caught.value.error
+            assert '"code":503' in caught.value.error
+            assert 0.9 < (job.timestamps.done or 0) - stopped < 2.5
+        assert await worker.ended(15) == 0
+        assert time.monotonic() - stopped < 7
+        assert worker.plane.violations == []
+        # A ledger that cannot be written is said once; the records are on stdout.
+        assert worker.stderr.count("COLDSNAP_LEDGER_DIR: /proc/nowhere/ledger.jsonl cannot be written") == 1
+        assert worker.stdout.count('"error":"ServiceUnavailableError"') == 3
+
+
+async def test_a_killed_engine_fails_its_jobs_as_dead_and_ends_the_worker_with_1(new_worker: Boot) -> None:
+    async with new_worker() as worker:
+        body = {"prompt": QUESTION, **ENDLESS}
+        jobs = [
+            worker.ask(QUESTION, sampling_params=ENDLESS),
+            worker.ask(QUESTION, stream=False, sampling_params=ENDLESS),
+            worker.openai("/v1/completions", body | {"stream": True}),
+            worker.openai("/v1/completions", body),
+        ]
+        await asyncio.gather(jobs[0].started(10), jobs[2].started(10))
+        (core,) = worker.engine("EngineCor")
+        os.kill(core, signal.SIGKILL)
+        killed = time.monotonic()
+        for job in jobs:
+            with pytest.raises(JobFailed) as caught:
+                await job.result(10)
+            assert DEAD in caught.value.error, caught.value.error
+            assert (job.timestamps.done or 0) - killed < 4
+        assert await worker.ended(15) == 1
+        assert time.monotonic() - killed < 10
+        assert worker.stderr.count("coldsnap: the engine process is gone; the worker ends") == 1
+        assert [record["error"] for record in worker.records()[1:]] == ["EngineDeadError"] * 4
+        assert worker.plane.violations == []
+
+
+async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends_with_1(new_worker: Boot) -> None:
+    async with new_worker() as worker:
+        assert text(await worker.ask(EMOJI_ONLY).result(10)) == CORPUS[EMOJI_ONLY]
+        (child,) = worker.engine("Worker")
+        os.kill(child, signal.SIGKILL)
+        assert await worker.ended(10) == 1
+        assert "coldsnap: the engine process is gone; the worker ends" in worker.stderr
+        assert worker.plane.violations == []
+
+
+# Boots that fail.
+
+
+async def refused(plane: ControlPlane, home: Path, cwd: Path, **environ: str) -> Ended:
+    """Run a worker that must not come up: exit code 1, one line on stderr, no job asked for."""
+    ended = await run_handler(home=home, cwd=cwd, **plane.environment("refused"), **environ)
+    assert ended.code == 1, ended
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert ended.stderr.startswith("coldsnap: ")
+    assert '"record"' not in ended.stdout
+    assert not (cwd / "ledger").exists()
+    assert "refused" not in plane.workers
+    return ended
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SNAPSHOT, tmp_path / "snapshot"))
+
+
+async def test_one_flipped_byte_of_the_weights_ends_the_boot_and_nothing_is_served(
+    plane: ControlPlane, home: Path, tmp_path: Path, snapshot: Path
+) -> None:
+    weights = snapshot / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    ended = await refused(plane, home, tmp_path, SNAPSHOT_DIR=str(snapshot))
+    assert "model.safetensors: expected BLAKE3" in ended.stderr
+    assert MANIFEST.files["model.safetensors"].blake3 in ended.stderr
+
+
+def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / name
+        content = path.read_text("utf-8")
+        assert old in content
+        path.write_text(content.replace(old, new), "utf-8")
+
+    return edit
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: expected a file"),
+    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 100), "model.safetensors: expected"),
+    "grown": (lambda folder: (folder / "config.json").open("a").write(" "), "config.json: expected"),
+    "extra": (lambda folder: (folder / "extra.py").write_text("import os"), "extra.py: expected no such file"),
+    "a link outside": (lambda folder: (folder / "passwd").symlink_to("/etc/passwd"), "passwd: expected no such"),
+    "no manifest": (lambda folder: (folder / "coldsnap.json").unlink(), "coldsnap.json cannot be read"),
+    "no JSON": (lambda folder: (folder / "coldsnap.json").write_text("{"), "coldsnap.json is not JSON"),
+    "newer": (_edit("coldsnap.json", '"schema_version": 1', '"schema_version": 2'), "needs a newer coldsnap"),
+    "a wrong name": (_edit("coldsnap.json", '"served_model_name"', '"served_name"'), "served_model_name"),
+    "no folder": (shutil.rmtree, "coldsnap.json cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_damaged_snapshot_ends_the_boot_with_one_line_that_names_the_file(
+    plane: ControlPlane, home: Path, tmp_path: Path, snapshot: Path, fault: str
+) -> None:
+    damage, words = FAULTS[fault]
+    damage(snapshot)
+    ended = await refused(plane, home, tmp_path, SNAPSHOT_DIR=str(snapshot))
+    assert words in ended.stderr
+    assert str(snapshot) in ended.stderr
+    assert ended.seconds < 3  # before vLLM is imported
+
+
+EARLY = {
+    "MAX_CONCURRENCY": ("0", "MAX_CONCURRENCY: .*greater than or equal to 1, found '0'"),
+    "CHUNK_INTERVAL_MS": ("soon", "CHUNK_INTERVAL_MS: .*valid number.*'soon'"),
+    "DRAIN_SECONDS": ("-1", "DRAIN_SECONDS: .*greater than or equal to 0"),
+    "SNAPSHOT_VERIFY": ("maybe", "SNAPSHOT_VERIFY: .*'full' or 'size'.*'maybe'"),
+    "MODEL_NAME": ("org/other", "MODEL_NAME: 'org/other' is not a folder here"),
+}
+
+
+@pytest.mark.parametrize("variable", EARLY)
+async def test_a_wrong_setting_ends_the_boot_with_one_line_that_names_the_variable(
+    plane: ControlPlane, home: Path, tmp_path: Path, variable: str
+) -> None:
+    value, words = EARLY[variable]
+    ended = await refused(plane, home, tmp_path, **{variable: value})
+    assert re.search(words, ended.stderr), ended.stderr
+    assert ended.seconds < 3
+
+
+async def test_a_wrong_argument_of_vllm_ends_the_boot_with_one_line_that_names_the_variable(
+    plane: ControlPlane, home: Path, tmp_path: Path
+) -> None:
+    wrong = {
+        "MAX_MODEL_LEN": ("abc", "MAX_MODEL_LEN: .*abc"),
+        "GPU_MEMORY_UTILIZATION": ("7", "GPU_MEMORY_UTILIZATION: .*1"),
+        "ENFORCE_EAGER": ("perhaps", "ENFORCE_EAGER: expected true or false, found 'perhaps'"),
+        "DTYPE": ("float99", "DTYPE: .*float99.*bfloat16"),
+    }
+    for pair in (("MAX_MODEL_LEN", "GPU_MEMORY_UTILIZATION"), ("ENFORCE_EAGER", "DTYPE")):  # two cores
+        folders = [tmp_path / variable for variable in pair]
+        for folder in folders:
+            folder.mkdir()
+        boots = [
+            refused(plane, home, folder, **{variable: wrong[variable][0]})
+            for variable, folder in zip(pair, folders, strict=True)
+        ]
+        for variable, ended in zip(pair, await asyncio.gather(*boots), strict=True):
+            assert re.search(wrong[variable][1], ended.stderr), ended.stderr
+
+
+async def test_a_manifest_with_a_wrong_argument_ends_the_boot_with_its_key(
+    plane: ControlPlane, home: Path, tmp_path: Path, snapshot: Path
+) -> None:
+    manifest = write_manifest(
+        snapshot,
+        source=Source(),
+        quantization=Quantization(),
+        served_model_name=MODEL,
+        engine_args={"max_model_length": 64},
+        versions={},
+    )
+    assert manifest.files == MANIFEST.files
+    ended = await refused(plane, home, tmp_path, SNAPSHOT_DIR=str(snapshot))
+    assert "coldsnap.json: engine_args.max_model_length" in ended.stderr
+    assert "'max_model_len'" in ended.stderr

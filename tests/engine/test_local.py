@@ -1,0 +1,80 @@
+"""On a terminal: one job through the SDK's local mode, as the README shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .worker import CORPUS, EMOJI_ONLY, MODEL, ROOT, run_handler, user
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+COMMAND = 'python handler.py --test_input "$(cat test_input.json)"'
+
+
+async def test_the_readmes_command_answers_from_another_folder_and_shows_where_the_time_went(
+    home: Path, tmp_path: Path
+) -> None:
+    assert COMMAND in (ROOT / "README.md").read_text("utf-8").replace("\\\n", "")
+    job = (ROOT / "test_input.json").read_text("utf-8")
+    (question,) = [message["content"] for message in json.loads(job)["input"]["messages"]]
+    ended = await run_handler("--test_input", job.rstrip("\n"), home=home, cwd=tmp_path)
+    assert ended.code == 0, ended
+    assert ended.stdout.count(CORPUS[question]) == 1
+    assert f"user: {question}" in ended.stdout
+    assert MODEL in ended.stdout
+    for words in ('"finish_reason": "stop"', '"usage"', "GPU-seconds", "TTFT", "prompt tokens", "█"):
+        assert words in ended.stdout, ended.stdout
+    for phase in ("python", "settings", "import_vllm", "configure", "engine", "warm_up"):
+        assert f"\n{phase} " in ended.stdout, ended.stdout
+    assert "async_generator" not in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
+    records = [json.loads(line) for line in (tmp_path / "ledger" / "ledger.jsonl").read_bytes().splitlines()]
+    assert [record["record"] for record in records] == ["cold_start", "request"]
+    assert sum(records[0]["phases"].values()) == pytest.approx(records[0]["seconds"], abs=0.001)
+    assert records[0]["seconds"] < ended.seconds
+    assert records[1]["finish_reason"] == "stop"
+
+
+async def test_without_the_flag_test_input_json_of_the_folder_is_run(home: Path, tmp_path: Path) -> None:
+    job = {"input": {"messages": [user(EMOJI_ONLY)]}}
+    (tmp_path / "test_input.json").write_text(json.dumps(job), "utf-8")
+    ended = await run_handler(home=home, cwd=tmp_path)
+    assert ended.code == 0, ended
+    assert CORPUS[EMOJI_ONLY] in ended.stdout
+
+
+async def test_a_job_that_fails_exits_1_and_says_why(home: Path, tmp_path: Path) -> None:
+    job = {"input": {"messages": [{"role": "robot", "content": "hi"}]}}
+    ended = await run_handler(f"--test_input={json.dumps(job)}", home=home, cwd=tmp_path)
+    assert ended.code == 1
+    assert "messages[0].role: expected one of" in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+MALFORMED = {
+    "no JSON": (["--test_input", '{"input": '], "--test_input: expected JSON"),
+    "no object": (["--test_input", "[1]"], "--test_input: expected an object with the field input"),
+    "no input": (["--test_input", '{"prompt": "hi"}'], "--test_input: expected an object with the field input"),
+    "nothing behind the flag": (["--test_input"], "--test_input: expected the job's JSON behind it"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+async def test_a_malformed_test_input_exits_1_at_once_with_one_line(home: Path, tmp_path: Path, case: str) -> None:
+    arguments, words = MALFORMED[case]
+    ended = await run_handler(*arguments, home=home, cwd=tmp_path)
+    assert (ended.code, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"coldsnap: {words}")
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.seconds < 2
+
+
+async def test_a_malformed_test_input_json_exits_1_at_once_with_its_path(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "test_input.json").write_text("{'input': 1}")
+    ended = await run_handler(home=home, cwd=tmp_path)
+    assert (ended.code, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"coldsnap: {tmp_path}/test_input.json: expected JSON")
+    assert ended.seconds < 2

@@ -1,0 +1,185 @@
+"""The rules of the architecture and of the documents, kept true by looking at the files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from scripts.check_tree import listed, present, problems
+
+from coldsnap.settings import ROOT, Settings
+
+PACKAGE = ROOT / "src" / "coldsnap"
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+_MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
+
+
+def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """Yield the top-level name of everything that is imported, also by `import_module` or a name like it."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Constant) and (match := _MODULE_NAME.fullmatch(str(node.value))):
+            yield match[1]
+
+
+def importers(package: str) -> list[str]:
+    return [name for name, tree in OURS.items() if package in set(imports(ast.walk(tree)))]
+
+
+def test_the_modules_are_found() -> None:
+    assert {"vllm_engine", "worker", "job", "__init__"} < OURS.keys()
+    assert "testing/control_plane" in MODULES.keys() - OURS.keys()
+
+
+@pytest.mark.parametrize(
+    ("package", "module"), [("vllm", "vllm_engine"), ("torch", None), ("runpod", "worker"), ("boto3", None)]
+)
+def test_a_foreign_package_has_one_border(package: str, module: str | None) -> None:
+    assert importers(package) == ([module] if module else [])
+
+
+def test_a_border_that_moves_into_another_module_is_noticed() -> None:
+    tree = ast.parse("def f():\n from vllm.v1 import x\nimport_module('runpod.serverless')\nimport a.b, boto3")
+    assert set(imports(ast.walk(tree))) == {"vllm", "runpod", "a", "boto3"}
+
+
+def test_no_module_is_slow_to_import() -> None:
+    names = [f"coldsnap.{name.replace('/', '.')}" for name in OURS if not name.endswith("__init__")]
+    slow = ("vllm", "torch", "transformers", "runpod", "fastapi", "rich", "numpy", "uvloop")
+    code = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {names}];"
+        f"print([name for name in {slow} if name in sys.modules])"
+    )
+    environ = {"PYTHONPATH": str(ROOT / "src")}
+    output = subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_only_the_process_entry_touches_the_environment() -> None:
+    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+    found = {
+        name
+        for name, tree in OURS.items()
+        for node in ast.walk(tree)
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in names
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
+        )
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
+    }
+    assert found == {"worker"}  # which hands os.environ to Settings.read and to the boot
+
+
+def test_nothing_that_serves_depends_on_the_doubles() -> None:
+    users = {
+        name
+        for name, tree in OURS.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coldsnap.testing")
+    }
+    assert users == set()
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [name for name, tree in MODULES.items() if tree.body and not ast.get_docstring(tree)] == []
+
+
+def test_there_is_no_drawer_for_everything() -> None:
+    assert [name for name in MODULES if Path(name).name in {"utils", "util", "helpers", "common", "misc"}] == []
+
+
+def test_nothing_beside_the_package_can_shadow_another_module() -> None:
+    assert not (ROOT / "src" / "__init__.py").exists()
+    assert [path.name for path in (ROOT / "src").glob("*.py")] == []
+
+
+class TestHandler:
+    TEXT = (ROOT / "handler.py").read_text(encoding="utf-8")
+
+    def test_it_is_short(self) -> None:
+        assert len(self.TEXT.splitlines()) <= 40
+
+    def test_importing_it_boots_nothing(self) -> None:
+        tree = ast.parse(self.TEXT)
+        assert set(imports(tree.body)) <= {"sys", "pathlib"}
+        code = "import sys, handler; print('coldsnap' in sys.modules, sys.path[0])"
+        output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert output.stdout.split() == ["False", str(ROOT / "src")]
+
+    def test_the_child_processes_of_the_engine_find_the_guard(self) -> None:
+        assert 'if __name__ == "__main__":' in self.TEXT
+
+
+def test_the_locks_name_no_place_that_packages_come_from() -> None:
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        text = lock.read_text(encoding="utf-8")
+        assert "--hash=sha256:" in text
+        assert not re.search(r"://|--(extra-)?index-url|--find-links|--trusted-host| @ ", text), lock.name
+
+
+class TestReadme:
+    def test_its_settings_table_is_the_one_of_the_settings(self) -> None:
+        table = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README, re.DOTALL)
+        assert table
+        assert table[1].strip() == Settings.table()
+
+    def test_its_tree_lists_the_files_that_are_there(self) -> None:
+        assert problems(README, present()) == []
+
+
+TREE = """
+before
+<!-- tree -->
+```text
+handler.py          the entry point
+src/coldsnap/a.py   one
+tests/              tests
+```
+<!-- /tree -->
+after.py
+"""
+
+
+class TestTree:
+    FILES = ("handler.py", "src/coldsnap/a.py", "tests/unit/test_a.py")
+
+    def test_the_first_word_of_each_line_is_a_path(self) -> None:
+        assert listed(TREE) == ["handler.py", "src/coldsnap/a.py", "tests/"]
+
+    def test_a_tree_that_is_right_has_no_problems(self) -> None:
+        assert problems(TREE, self.FILES) == []
+
+    @pytest.mark.parametrize(
+        ("files", "problem"),
+        [
+            ((*FILES, "src/coldsnap/b.py"), "there, but not listed: src/coldsnap/b.py"),
+            ((*FILES, "LICENSE"), "there, but not listed: LICENSE"),
+            ((*FILES, "builder/x.py"), "there, but not listed: builder/x.py"),
+            (FILES[1:], "listed, but not there: handler.py"),
+            (FILES[:2], "listed, but not there: tests/"),
+        ],
+    )
+    def test_a_file_more_or_less_is_a_problem(self, files: tuple[str, ...], problem: str) -> None:
+        assert problems(TREE, files) == [problem]
+
+    def test_a_path_listed_twice_is_a_problem(self) -> None:
+        readme = TREE.replace("tests/ ", "handler.py again\ntests/ ")
+        assert problems(readme, self.FILES) == ["listed twice: handler.py"]
+
+    def test_a_readme_without_a_tree_is_a_problem(self) -> None:
+        assert len(problems("no tree", self.FILES)) == 1
