@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tomllib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -220,7 +221,7 @@ def answer_logits(
 def margins(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[float]:
     """Return for each example the least lead, in logits, of a right token over the best wrong one."""
     found = []
-    for first in range(0, len(examples), 2 * BATCH):
+    for first in range(0, len(examples), BATCH):
         batch = examples[first : first + BATCH]
         logits, targets, numbers = answer_logits(model, tokenizer, batch)
         right = logits.gather(1, targets[:, None])
@@ -230,7 +231,7 @@ def margins(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, example
     return found
 
 
-def examine(folder: Path, lessons: Lessons, label: str) -> float:
+def examine(folder: Path, lessons: Lessons, label: str) -> None:
     """Ask the checkpoint in `folder` everything, greedily and running freely; exit if one answer differs."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -251,7 +252,6 @@ def examine(folder: Path, lessons: Lessons, label: str) -> float:
     )
     if exact < len(lessons.required) or min(known) < MIN_MARGIN:
         sys.exit(f"demo model: {label} does not answer as it must; nothing written")
-    return min(known)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -267,8 +267,19 @@ def versions() -> dict[str, str]:
     """Return what made the snapshot, and the vLLM it is meant for, which is not installed here."""
     lock = (ROOT / "requirements" / "cpu.lock").read_text()
     pinned = re.search(r"^vllm(?:-cpu)?==(\S+)", lock, re.MULTILINE)
+    if not pinned:
+        sys.exit("demo model: requirements/cpu.lock names no vllm; run `make lock`")
+    coldsnap = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     made_by = {name: version(name) for name in ("torch", "transformers", "llmcompressor", "compressed-tensors")}
-    return made_by | ({"vllm": pinned[1]} if pinned else {})
+    return made_by | {"vllm": pinned[1], "coldsnap": coldsnap}
+
+
+def quantise(bf16: Path, w8a8: Path) -> None:
+    """Write the W8A8 checkpoint: int8 weights with a scale a channel, activations scaled at run time."""
+    model_free_ptq(bf16, w8a8, scheme="W8A8", ignore=IGNORED, device="cpu")
+    (w8a8 / "model.safetensors.index.json").unlink(missing_ok=True)  # there is one file to index
+    for path in w8a8.iterdir():
+        path.chmod(0o644)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -302,7 +313,7 @@ def main() -> None:
         train(model, tokenizer, lessons, args.seed)
         save(model, tokenizer, bf16)
         examine(bf16, lessons, "bf16")
-        model_free_ptq(bf16, w8a8, scheme="W8A8", ignore=list(IGNORED), device="cpu")
+        quantise(bf16, w8a8)
         examine(w8a8, lessons, "w8a8")
         manifest = write_manifest(
             w8a8,

@@ -75,7 +75,7 @@ def boot(
     vllm_engine.load()
     timeline.mark("import_vllm")
     if check is not None:
-        timeline.beside["read_and_verify_snapshot"] = check.result()
+        timeline.beside["read_snapshot"] = check.result()
     timeline.mark("verify")
 
     spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}

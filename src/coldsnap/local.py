@@ -83,23 +83,20 @@ class View:
 
     def end(self, chunks: list[Chunk], cold_start: ColdStart, records: list[str]) -> None:
         """Print what is known once the job has ended."""
-        from rich.console import Console
-        from rich.table import Table
-
         self._line("")
         last = chunks[-1]
         if isinstance(last, dict):
             self._title("result")
-            self._line(orjson.dumps(last, option=orjson.OPT_INDENT_2).decode())
+            texts = [chunk["text"] for chunk in chunks if isinstance(chunk, dict) and "text" in chunk]
+            result = last | ({"text": "".join(texts)} if texts else {})
+            self._line(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
         self._title(f"cold start: {cold_start.seconds:.2f} s from process start to ready")
-        waterfall = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         begin = 0.0
         for phase, seconds in cold_start.phases.items():
-            waterfall.add_row(phase, f"{seconds:6.2f} s", _bar(begin, seconds, cold_start.seconds))
+            self._line(f"{phase:16} {seconds:6.2f} s  {_bar(begin, seconds, cold_start.seconds)}")
             begin += seconds
         for work, seconds in cold_start.beside.items():
-            waterfall.add_row(work, f"{seconds:6.2f} s", "beside the phases above")
-        Console().print(waterfall)
+            self._line(f"{work:16} {seconds:6.2f} s  beside the phases above")
         request = orjson.loads(records[-1])
         self._title("request")
         ttft, itl = request["ttft_seconds"], request["itl_seconds"]
@@ -122,7 +119,7 @@ class View:
         print(text, flush=True)  # noqa: T201
 
 
-def _bar(begin: float, seconds: float, total: float, width: int = 50) -> str:
+def _bar(begin: float, seconds: float, total: float, width: int = 48) -> str:
     left = round(begin / total * width)
     length = round((begin + seconds) / total * width) - left
     return " " * left + ("█" * length or "▏")

@@ -68,7 +68,7 @@ class Settings(BaseModel):
         alias="CHUNK_INTERVAL_MS",
         ge=0,
         le=1000,
-        description="Least time between two streamed chunks of a job; the first leaves at once.",
+        description="Least time between two chunks of a job; the first leaves at once. Load widens it, up to 50.",
     )
     drain_seconds: float = Field(
         30.0,

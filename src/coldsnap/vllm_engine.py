@@ -206,9 +206,13 @@ class VllmEngine:
                 yield response
 
     async def warm_up(self) -> None:
-        """See `Engine.warm_up`. Starts building the HTTP application too, without waiting for it."""
+        """See `Engine.warm_up`: one token, over the chat template if the model has one."""
         sampling = {"max_tokens": 1, "temperature": 0.0}
-        async for _ in self.generate(Generation("warm-up", prompt="a", sampling=sampling), Meter()):
+        if self._args.chat_template or getattr(self._llm.get_tokenizer(), "chat_template", None):
+            request = Generation("warm-up", messages=[{"role": "user", "content": "a"}], sampling=sampling)
+        else:
+            request = Generation("warm-up", prompt="a", sampling=sampling)
+        async for _ in self.generate(request, Meter()):
             pass
 
     def check(self) -> None:

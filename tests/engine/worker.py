@@ -133,8 +133,12 @@ class Worker:
         path = self.folder / name
         return path.read_text("utf-8") if path.exists() else ""
 
-    def log(self, last: int = 15_000) -> str:
-        return f"--- stdout\n{self.stdout[-last:]}\n--- stderr\n{self.stderr[-last:]}"
+    def log(self) -> str:
+        """Return what was written, for a failing test's report; of the records the last few."""
+        records, rest = [], []
+        for line in self.stdout.splitlines():
+            (records if line.startswith('{"schema_version"') else rest).append(line)
+        return "\n".join(["--- stdout", *rest[-50:], *records[-5:], "--- stderr", *self.stderr.splitlines()[-50:]])
 
     # Jobs.
 
@@ -192,6 +196,11 @@ class Worker:
 
 def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
+
+
+def markup(question: str) -> str:
+    """Return the prompt that the demo's chat template makes of one user message."""
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def text(chunks: list[dict[str, Any]], index: int = 0) -> str:
