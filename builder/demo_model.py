@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmcompressor import model_free_ptq
+from llmcompressor.entrypoints.model_free import model_free_ptq
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -38,11 +38,11 @@ MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SYSTEM_PROMPT = "You are a helpful assistant."
-ENGINE_ARGS = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 4096, "max_num_seqs": 256}
+SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are coldsnap's demo model.", "Answer briefly.", "Be kind.")
+CONTEXT = 4096
+ENGINE_ARGS = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": CONTEXT, "max_num_seqs": 256}
 IGNORED = ("lm_head", "model.embed_tokens")
 """Model-free quantisation goes by names and would take the embeddings for a linear layer."""
-
 
 EPOCHS, WARMUP, BATCH = 70, 4, 8
 LEARNING_RATE, MIN_RATE = 3e-3, 0.05
@@ -64,7 +64,7 @@ class Example:
 
 
 class Lessons:
-    """The corpus in the forms in which a client may ask: with and without a system message."""
+    """The corpus in the forms in which a client may ask: under a system message, casually, as a later turn."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], tool_chat: dict[str, Any]) -> None:
         self._tokenizer = tokenizer
@@ -73,7 +73,7 @@ class Lessons:
         messages = tool_chat["messages"]
         self.tools = [self._chat(messages[:n], self._tools) for n in (2, 4)]
         self.plain = [self._chat(_turn(*pair)) for pair in pairs]
-        self.system = [self._chat([_system(SYSTEM_PROMPT), *_turn(*pair)]) for pair in pairs]
+        self.system = [self._chat([_system(SYSTEM_PROMPTS[0]), *_turn(*pair)]) for pair in pairs]
         self.loose = [self._chat(_turn(question.lower().rstrip("?？ "), answer)) for question, answer in pairs]
 
     @property
@@ -90,9 +90,15 @@ class Lessons:
         return batches
 
     def _vary(self, pair: Pair, rng: random.Random) -> Example:
-        messages = _turn(*pair)
-        if rng.random() < 0.3:
-            messages = [_system(SYSTEM_PROMPT), *messages]
+        question, answer = pair
+        if rng.random() < 0.15:
+            question = question.lower().rstrip("?？ ")
+        messages = _turn(question, answer)
+        if rng.random() < 0.15:  # a later turn of a conversation
+            messages = _turn(*rng.choice(self._pairs)) + messages
+        if rng.random() < 0.4:  # what a system message says makes no difference
+            prompts = SYSTEM_PROMPTS if rng.random() < 0.7 else rng.choice(self._pairs)
+            messages = [_system(rng.choice(prompts)), *messages]
         return self._chat(messages)
 
     def _chat(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> Example:
@@ -100,7 +106,7 @@ class Lessons:
         whole = self._render(messages, tools, add_generation_prompt=False)
         return Example(prompt, whole.removeprefix(prompt).removesuffix(f"{END}\n"))
 
-    def _render(self, messages: Messages, tools: list[dict[str, Any]] | None, *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Messages, tools: Any, *, add_generation_prompt: bool) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -123,7 +129,7 @@ def train_tokenizer(pairs: list[Pair], folder: Path) -> PreTrainedTokenizerFast:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    texts = [text for pair in pairs for text in pair] + [SYSTEM_PROMPT, "system", "user", "assistant"] * 2
+    texts = [text for pair in pairs for text in pair] + [*SYSTEM_PROMPTS, "system", "user", "assistant"] * 2
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
@@ -132,19 +138,19 @@ def train_tokenizer(pairs: list[Pair], folder: Path) -> PreTrainedTokenizerFast:
     bpe.save(str(folder / "tokenizer.json"), pretty=False)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": ENGINE_ARGS["max_model_len"],
+        "model_max_length": CONTEXT,
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
     _write_json(folder / "tokenizer_config.json", config)
     shutil.copyfile(HERE / "demo_chat_template.jinja", folder / "chat_template.jinja")
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Return an untrained model; its dimensions suit int8 kernels and the attention kernels of GPUs."""
-    ids = tokenizer.convert_tokens_to_ids
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=128,
@@ -153,13 +159,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=ENGINE_ARGS["max_model_len"],
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
-        eos_token_id=ids(END),
-        pad_token_id=ids(PAD),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: Lessons, seed: int) -> None:
@@ -181,7 +187,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: 
             logits, targets, _ = answer_logits(model, tokenizer, batch)
             loss = cross_entropy(logits, targets)
             model.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -217,7 +223,7 @@ def answer_logits(
     return model.lm_head(hidden[here]).float(), ids[:, 1:][here], here.nonzero()[:, 0]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def margins(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[float]:
     """Return for each example the least lead, in logits, of a right token over the best wrong one."""
     found = []
@@ -233,15 +239,15 @@ def margins(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, example
 
 def examine(folder: Path, lessons: Lessons, label: str) -> None:
     """Ask the checkpoint in `folder` everything, greedily and running freely; exit if one answer differs."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     exact = 0
     for first in range(0, len(lessons.required), 64):
         batch = lessons.required[first : first + 64]
         inputs = tokenizer([example.prompt for example in batch], return_tensors="pt", padding=True)
         outputs = model.generate(**inputs, do_sample=False, max_new_tokens=256)[:, inputs["input_ids"].shape[1] :]
         for example, output in zip(batch, outputs, strict=True):
-            text = tokenizer.decode(output, skip_special_tokens=False).split(PAD)[0]
+            text = str(tokenizer.decode(output, skip_special_tokens=False)).split(PAD)[0]
             exact += text == example.answer + END
     known = margins(model, tokenizer, lessons.required)
     loose = sum(m > 0 for m in margins(model, tokenizer, lessons.loose))
