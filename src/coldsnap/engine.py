@@ -6,10 +6,13 @@ Everything that crosses is plain data of ours, so that the engine's front end ma
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from coldsnap.ledger import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,21 @@ class Meter:
     first_token: float = 0.0
     last_token: float = 0.0
     gpu_seconds: float = 0.0
+    """The job's share of the engine's steps; one GPU's, however many the engine has."""
+    prefill_seconds: float = 0.0
+    """What of it went into the prompt; the rest is decoding."""
+    estimated: bool = False
+    """Whether some of it is an equal split by time, or some step's report was lost."""
+    tails: list[asyncio.Future[None]] = field(default_factory=list)
+    """One for each aborted call that the engine has not let go of yet."""
     sequences: int = 0
     """Completions started: `n`, times the prompts of a batched request."""
     finish_reason: str | None = None
+
+    async def settle(self) -> None:
+        """Wait until the engine has let go of what was aborted: a step or two, a second at most."""
+        if self.tails:
+            await asyncio.wait(self.tails)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +118,9 @@ class Engine(Protocol):
 
     async def warm_up(self) -> None:
         """Take the first-request costs (lazy imports, tokenizer, one engine step) before a user does."""
+
+    def usage(self) -> Usage:
+        """Return what the engine's steps have cost since its boot."""
 
     def check(self) -> None:
         """Raise `EngineDead` if the engine's process is known to be gone."""

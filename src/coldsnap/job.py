@@ -131,7 +131,12 @@ class Jobs:
             error = type(failure).__name__
             raise JobError(f"{type(failure).__name__}: {failure}") from failure
         finally:
-            self._sink.write(self._record(str(job.get("id")), request, meter, arrival, error))
+            ended = time.monotonic()
+            try:
+                await meter.settle()
+            finally:
+                times = arrival, ended
+                self._sink.write(self._record(str(job.get("id")), request, meter, times, error))
 
     async def _native(self, request: Native, meter: Meter) -> AsyncGenerator[Piece, None]:
         texts: dict[int, list[str]] = {}
@@ -178,8 +183,14 @@ class Jobs:
         return round(meter.gpu_seconds * self._engine.info.gpu_count, 6)
 
     def _record(
-        self, job_id: str, request: Native | Http | None, meter: Meter, arrival: float, error: str | None
+        self,
+        job_id: str,
+        request: Native | Http | None,
+        meter: Meter,
+        times: tuple[float, float],
+        error: str | None,
     ) -> Request:
+        arrival, ended = times
         info = self._engine.info
         between = meter.completion_tokens - meter.sequences
         return Request(
@@ -201,7 +212,7 @@ class Jobs:
             itl_seconds=round((meter.last_token - meter.first_token) * max(meter.sequences, 1) / between, 6)
             if between > 0
             else None,
-            duration_seconds=round(time.monotonic() - arrival, 6),
+            duration_seconds=round(ended - arrival, 6),
             finish_reason=None if error else meter.finish_reason,
             error=error,
             gpu_seconds=self._gpu_seconds(meter),

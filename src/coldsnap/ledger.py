@@ -26,6 +26,9 @@ Floats = NDArray[np.float64]
 PREFILL, DECODE, RECOMPUTED = 0, 1, 2
 """Columns of `Step.tokens` and of a step's shares."""
 
+_TILE = 64.0
+"""Query tokens that share one read of the keys and values, as in FlashAttention (Dao et al., 2022)."""
+
 RECOMPUTE, EMPTY, TAIL, LOST = "recompute", "empty", "tail", "lost"
 """Causes of overhead: tokens computed again after a preemption; steps in which nothing could run; what a
 request still cost after its account was closed; steps whose frames did not arrive."""
@@ -46,9 +49,12 @@ class Step:
 
     @property
     def attention(self) -> Floats:
-        """(n,) tokens times context: positions from 1 to each new token's own, summed over the new tokens."""
+        """(n,) tokens times context, in reads of one position: the new tokens' positions summed, over the tile.
+
+        A decode reads its whole context for one token; a prefill's tokens share a read, a tile of them at a time.
+        """
         new = self.tokens.sum(axis=1)
-        attention: Floats = new * (2 * self.context - new + 1) / 2
+        attention: Floats = new * (2 * self.context - new + 1) / (2 * np.minimum(new, _TILE))
         return attention
 
     @property

@@ -131,9 +131,9 @@ def test_recomputed_tokens_are_overhead_with_their_part_of_the_rest() -> None:
     assert parts[0, 2] > parts[1, 1] > 0
 
 
-def test_attention_is_the_sum_of_positions() -> None:
-    step = make_step([((3, 0, 0), 4), ((0, 1, 0), 9)])
-    assert step.attention.tolist() == [5 + 6 + 7, 10]
+def test_attention_counts_reads_of_a_position() -> None:
+    step = make_step([((3, 0, 0), 4), ((0, 1, 0), 9), ((128, 0, 0), 0)])
+    assert step.attention.tolist() == [(5 + 6 + 7) / 3, 10, 128 * 129 / 2 / 64]
 
 
 # The books.
