@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coldsnap.cost import EqualSplit
-from coldsnap.engine import Meter
-from coldsnap.ledger import Ledger, Usage
+from coldsnap.engine import Meter, Usage
+from coldsnap.ledger import Ledger
 from coldsnap.step_reader import Frame, StepReader
 
 _INSIDE = re.compile(r"(.*?)(-[0-9a-f]{8})?", re.DOTALL)
@@ -59,11 +60,17 @@ class Accounts:
     costs begin to be estimated.
     """
 
-    def __init__(self, ledger: Ledger, unmetered: str | None, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        unmetered: str | None,
+        warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.reader = None if unmetered else StepReader(self._frame)
         self._ledger = ledger
         self._warn = warn
-        self._split = EqualSplit()
+        self._split = EqualSplit(clock)
         self._since = self._split.look()
         """Virtual time and busy seconds of the equal split at the last frame."""
         self._estimated: str | None = None
@@ -128,6 +135,9 @@ class Accounts:
             account.prefill += account.split[0]
             account.decode += account.split[1]
         meter = account.meter
+        if meter.final:  # a job that was torn down, or a response that goes on in the background
+            self._ledger.write_off(account.prefill + account.decode)
+            return
         meter.estimated |= self._estimated is not None or self._ledger.lost_steps != account.lost
         meter.prefill_seconds += account.prefill
         meter.gpu_seconds += account.prefill + account.decode

@@ -7,12 +7,10 @@ Everything that crosses is plain data of ours, so that the engine's front end ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from coldsnap.ledger import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +52,19 @@ class Meter:
     """Whether some of it is an equal split by time, or some step's report was lost."""
     tails: list[asyncio.Future[None]] = field(default_factory=list)
     """One for each aborted call that the engine has not let go of yet."""
+    final: bool = False
+    """Whether the job's record has been written: what still comes is nobody's."""
     sequences: int = 0
     """Completions started: `n`, times the prompts of a batched request."""
     finish_reason: str | None = None
 
     async def settle(self) -> None:
-        """Wait until the engine has let go of what was aborted: a step or two, a second at most."""
-        if self.tails:
-            await asyncio.wait(self.tails)
+        """Make the meter final once the engine has let go of what was aborted: within a second."""
+        try:
+            if self.tails:
+                await asyncio.wait(self.tails)
+        finally:
+            self.final = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,44 @@ class HttpResponse:
     status: int
     content_type: str
     chunks: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How long a step takes, as the engine's ledger has learnt it: T = a + b*prefill + c*decode + d*attention.
+
+    Seconds per step, per prefill token, per decode token, per position read. `residual` is the root mean square
+    of (predicted - measured)/measured over the remembered steps, None before any.
+    """
+
+    a: float
+    b: float
+    c: float
+    d: float
+    residual: float | None
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the engine's steps have cost since its boot, in seconds of the engine, not yet times its GPUs."""
+
+    busy: float = 0.0
+    """Requests' shares."""
+    overhead: Mapping[str, float] = field(default_factory=dict)
+    """By cause."""
+    steps: int = 0
+    lost_steps: int = 0
+    metering: float = 0.0
+    """What the metering itself took, inside the steps."""
+    fit: Fit | None = None
+    estimated: str | None = None
+    """Why some shares are an equal split by time instead of measured steps, if some are."""
+
+    @property
+    def spent(self) -> float:
+        """Seconds in which the engine ran."""
+        return self.busy + sum(self.overhead.values())
 
 
 class Engine(Protocol):

@@ -17,10 +17,11 @@ from typing import Any
 
 import orjson
 
-from coldsnap import routes
+from coldsnap import bill, prices, routes
+from coldsnap.bill import Bill
 from coldsnap.engine import Delta, Engine, Generation, HttpRequest, Meter
 from coldsnap.errors import ColdsnapError, InvalidInput, JobError, ModelNotFound, RouteNotFound
-from coldsnap.records import Request, Sink
+from coldsnap.records import Request, Sink, origin
 from coldsnap.settings import Settings
 from coldsnap.stream import Paced
 
@@ -76,6 +77,7 @@ class Jobs:
         self._settings = settings
         self._sink = sink
         self._on_fatal = on_fatal
+        self._price = prices.of(engine.info.gpu, settings.gpu_price_per_second)
         self._running: set[Paced[Piece, Chunk]] = set()
 
     async def handle(self, job: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
@@ -155,21 +157,29 @@ class Jobs:
                 {"index": i, "finish_reason": reason} | ({} if request.stream else {"text": "".join(texts.get(i, ()))})
                 for i, reason in sorted(finish.items())
             ]
-        yield last | {
-            "finish_reason": finish.get(0),
-            "usage": {
-                "prompt_tokens": meter.prompt_tokens,
-                "cached_tokens": meter.cached_tokens,
-                "completion_tokens": meter.completion_tokens,
-                "total_tokens": meter.prompt_tokens + meter.completion_tokens,
-            },
-            "gpu_seconds": self._gpu_seconds(meter),
-        }
+        cost = self._bill(meter)
+        yield (
+            last
+            | {
+                "finish_reason": finish.get(0),
+                "usage": {
+                    "prompt_tokens": meter.prompt_tokens,
+                    "cached_tokens": meter.cached_tokens,
+                    "completion_tokens": meter.completion_tokens,
+                    "total_tokens": meter.prompt_tokens + meter.completion_tokens,
+                },
+                "gpu_seconds": cost.gpu_seconds,
+            }
+            | ({"cost": cost.fields()} if self._settings.cost_in_response else {})
+        )
 
     async def _http(self, request: Http, meter: Meter) -> AsyncGenerator[Piece, None]:
         async with self._engine.http(request.request, meter) as response:
             if response.status < _ERROR_STATUS and response.content_type.startswith("text/event-stream"):
-                async for events in _whole_events(response.chunks):
+                stream = _whole_events(response.chunks)
+                if self._settings.cost_in_response:
+                    stream = bill.in_stream(stream, lambda: self._bill(meter))
+                async for events in stream:
                     yield events
                 self._engine.check()
                 return
@@ -177,10 +187,13 @@ class Jobs:
             if response.status >= _ERROR_STATUS:
                 self._engine.check()
                 raise _Answered(response.status, content, request.request.path)
-            yield orjson.loads(content) if content else {"status": response.status}
+            answer = orjson.loads(content) if content else {"status": response.status}
+            if self._settings.cost_in_response:
+                answer = bill.in_answer(answer, lambda: self._bill(meter))
+            yield answer
 
-    def _gpu_seconds(self, meter: Meter) -> float:
-        return round(meter.gpu_seconds * self._engine.info.gpu_count, 6)
+    def _bill(self, meter: Meter) -> Bill:
+        return Bill.of(meter, self._engine.info, self._price)
 
     def _record(
         self,
@@ -192,14 +205,10 @@ class Jobs:
     ) -> Request:
         arrival, ended = times
         info = self._engine.info
+        cost = self._bill(meter)
         between = meter.completion_tokens - meter.sequences
         return Request(
-            worker_id=self._settings.worker_id,
-            endpoint_id=self._settings.endpoint_id,
-            gpu=info.gpu,
-            gpu_count=info.gpu_count,
-            snapshot_digest=info.weights_digest,
-            vllm=info.version,
+            **origin(self._settings, info),
             job_id=job_id,
             route="native" if not isinstance(request, Http) else request.request.path,
             model=request.model if request else info.models[0],
@@ -215,7 +224,13 @@ class Jobs:
             duration_seconds=round(ended - arrival, 6),
             finish_reason=None if error else meter.finish_reason,
             error=error,
-            gpu_seconds=self._gpu_seconds(meter),
+            gpu_seconds=cost.gpu_seconds,
+            prefill_gpu_seconds=cost.prefill_gpu_seconds,
+            decode_gpu_seconds=cost.decode_gpu_seconds,
+            usd=cost.usd,
+            price_per_second=cost.price_per_second,
+            estimated=cost.estimated,
+            fit=self._engine.usage().fit,
         )
 
 

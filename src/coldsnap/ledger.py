@@ -12,14 +12,13 @@ T*phi_i/sum(phi), so a step is conserved also where the model is wrong. `step_mo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coldsnap.step_model import Fit, StepModel
+from coldsnap.engine import Usage
+from coldsnap.step_model import StepModel
 
 Floats = NDArray[np.float64]
 
@@ -49,9 +48,9 @@ class Step:
 
     @property
     def attention(self) -> Floats:
-        """(n,) tokens times context, in reads of one position: the new tokens' positions summed, over the tile.
+        """(n,) tokens times context, in reads of one position: the new tokens' positions summed, over a tile.
 
-        A decode reads its whole context for one token; a prefill's tokens share a read, a tile of them at a time.
+        A decode reads its whole context for one token; a prefill's tokens share a read, a tile at a time.
         """
         new = self.tokens.sum(axis=1)
         attention: Floats = new * (2 * self.context - new + 1) / (2 * np.minimum(new, _TILE))
@@ -81,28 +80,6 @@ def shares(step: Step, coefficients: Floats) -> Floats:
         total = phi.sum()
     result: Floats = phi * ((step.end - step.start) / total)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What the engine's steps have cost since its boot, in seconds of the engine, not yet times its GPUs."""
-
-    busy: float = 0.0
-    """Requests' shares."""
-    overhead: Mapping[str, float] = field(default_factory=dict)
-    """By cause."""
-    steps: int = 0
-    lost_steps: int = 0
-    metering: float = 0.0
-    """What the metering itself took, inside the steps."""
-    fit: Fit | None = None
-    estimated: str | None = None
-    """Why some shares are an equal split by time instead of measured steps, if some are."""
-
-    @property
-    def spent(self) -> float:
-        """Seconds in which the engine ran."""
-        return self.busy + sum(self.overhead.values())
 
 
 class Ledger:
@@ -161,50 +138,3 @@ class Ledger:
         """Return the totals so far."""
         overhead = dict(self._overhead)
         return Usage(self._busy, overhead, self._steps, self._lost, self._metering, self._model.fit())
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """A worker's life so far, in seconds: `total` is the sum of the other five."""
-
-    total: float
-    cold: float
-    busy: float
-    overhead: float
-    idle: float
-    drain: float
-
-    @property
-    def billed(self) -> int:
-        """The platform rounds a worker's life up to the second."""
-        return math.ceil(self.total)
-
-
-class Books:
-    """Puts each second of a worker under one heading. Times are seconds of the monotonic clock.
-
-    Up to `ready` is cold start, whatever ran. Afterwards a second is busy or overhead if the engine ran in
-    it, else idle, or drain once `drain` was called.
-    """
-
-    def __init__(self, started: float, ready: float, usage: Usage) -> None:
-        self._started = started
-        self._ready = ready
-        self._at_ready = usage
-        self._draining: tuple[float, Usage] | None = None
-
-    def drain(self, now: float, usage: Usage) -> None:
-        """Begin the drain; only the first call counts."""
-        self._draining = self._draining or (now, usage)
-
-    def totals(self, now: float, usage: Usage) -> Totals:
-        """Close the books at `now`."""
-        before = self._at_ready
-        total, cold = now - self._started, self._ready - self._started
-        busy = usage.busy - before.busy
-        overhead = usage.spent - before.spent - busy
-        drain = 0.0
-        if self._draining is not None:
-            since, at_drain = self._draining
-            drain = max(0.0, now - since - (usage.spent - at_drain.spent))
-        return Totals(total, cold, busy, overhead, total - cold - busy - overhead - drain, drain)

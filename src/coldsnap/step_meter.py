@@ -185,9 +185,7 @@ class StepMeter:
 
     def _finish(self, output: Any, end: float, *, going_on: bool) -> None:
         step = self._steps.popleft()
-        while (
-            step.output is not output
-        ):  # a step without results, as after an error: its time is the next one's
+        while step.output is not output:  # a step without results, as after an error: its time is the next one's
             self._unsent += step.events
             step = self._steps.popleft()
         start = self._end if self._going_on else max(step.begun, self._end)

@@ -9,11 +9,12 @@ least squares is solved exactly by trying all 2^4 active sets on the 4x4 normal 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coldsnap.engine import Fit
 
 Floats = NDArray[np.float64]
 
@@ -30,22 +31,6 @@ _ACTIVE = np.array(list(product((False, True), repeat=4)))
 _BOTH_ACTIVE = _ACTIVE[:, :, None] & _ACTIVE[:, None, :]
 _PINNED = np.eye(4) * ~_ACTIVE[:, :, None]
 """An inactive coefficient's row becomes u = 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """The coefficients in use: seconds per step, per prefill token, per decode token, per token and position.
-
-    `residual` is the root mean square of (predicted - measured)/measured over the remembered steps, None
-    before any.
-    """
-
-    a: float
-    b: float
-    c: float
-    d: float
-    residual: float | None
-    steps: int
 
 
 class StepModel:
@@ -74,7 +59,7 @@ class StepModel:
         self._moment = self._moment * keep + row
         self._weight = self._weight * keep + 1
         self._steps += 1
-        if self._steps % _SOLVE_EVERY == 1:
+        if self._steps % _SOLVE_EVERY == 0 or self._steps & (self._steps - 1) == 0:  # at first 1, 2, 4, 8, 16
             self.coefficients = self._solve() * self._unit
 
     def fit(self) -> Fit:

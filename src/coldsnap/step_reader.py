@@ -43,9 +43,7 @@ class StepReader:
         self.path = str(Path(self._folder, "steps"))
         """For the engine's environment."""
         os.mkfifo(self.path, 0o600)
-        self._fd = os.open(
-            self.path, os.O_RDWR | os.O_NONBLOCK
-        )  # a writer too: no end of file between others
+        self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)  # a writer too: no end of file between others
         with contextlib.suppress(OSError):  # more than a user may have in all: then what the pipe has
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._raw = bytearray()

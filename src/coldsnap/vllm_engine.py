@@ -19,11 +19,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coldsnap import arguments, asgi, step_meter
-from coldsnap.accounts import Accounts
-from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
     EngineBootError,
@@ -33,8 +32,9 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
-from coldsnap.ledger import Ledger, Usage
-from coldsnap.step_model import StepModel
+
+if TYPE_CHECKING:
+    from coldsnap.accounts import Accounts
 
 _METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
 
@@ -116,6 +116,10 @@ def boot(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from coldsnap.accounts import Accounts  # numpy is imported by now
+    from coldsnap.ledger import Ledger
+    from coldsnap.step_model import StepModel
 
     cli = importlib.import_module(_parser_module())
     parser = cli.make_arg_parser(FlexibleArgumentParser())
@@ -295,9 +299,7 @@ def _metered_llm(accounts: Accounts) -> Any:
     """Return `AsyncLLM`, noting every request, native or from its HTTP application, in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    async def metered(
-        outputs: AsyncGenerator[Any, None], request_id: str, requests: int
-    ) -> AsyncGenerator[Any, None]:
+    async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
         account = accounts.open(request_id, requests, meter)
         output, aborted = None, False
@@ -345,9 +347,7 @@ def _sizes(config: Any) -> tuple[float, float]:
     layers, element = model.get_num_layers(parallel), model.dtype.itemsize
     files = Path(model.model).glob("*.safetensors")
     # Not on this disk: four projections of attention and eight of a gated MLP's, each hidden size squared.
-    weights = (
-        sum(file.stat().st_size for file in files) or 12 * layers * model.get_hidden_size() ** 2 * element
-    )
+    weights = sum(file.stat().st_size for file in files) or 12 * layers * model.get_hidden_size() ** 2 * element
     return weights, 2 * layers * model.get_num_kv_heads(parallel) * model.get_head_size() * element
 
 

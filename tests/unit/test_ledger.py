@@ -11,17 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from coldsnap.ledger import (
-    EMPTY,
-    LOST,
-    RECOMPUTE,
-    TAIL,
-    Books,
-    Ledger,
-    Step,
-    Usage,
-    shares,
-)
+from coldsnap.books import Books
+from coldsnap.engine import Usage
+from coldsnap.ledger import EMPTY, LOST, RECOMPUTE, TAIL, Ledger, Step, shares
 from coldsnap.step_model import StepModel
 
 Tokens = tuple[int, int, int]
@@ -52,25 +44,19 @@ def test_a_step_is_conserved(requests: list[tuple[Tokens, int]], theta: np.ndarr
 
 
 @given(batch, coefficients, seconds)
-def test_equal_requests_pay_equally(
-    requests: list[tuple[Tokens, int]], theta: np.ndarray, duration: float
-) -> None:
+def test_equal_requests_pay_equally(requests: list[tuple[Tokens, int]], theta: np.ndarray, duration: float) -> None:
     parts = shares(make_step([*requests, requests[0]], duration), theta)
     assert parts[0] == pytest.approx(parts[-1])
 
 
 @given(batch, coefficients, seconds)
-def test_order_does_not_matter(
-    requests: list[tuple[Tokens, int]], theta: np.ndarray, duration: float
-) -> None:
+def test_order_does_not_matter(requests: list[tuple[Tokens, int]], theta: np.ndarray, duration: float) -> None:
     forth, back = make_step(requests, duration), make_step(requests[::-1], duration)
     assert shares(forth, theta) == pytest.approx(shares(back, theta)[::-1])
 
 
 @given(batch, coefficients, st.sampled_from([0, 1]))
-def test_more_tokens_never_cost_less(
-    requests: list[tuple[Tokens, int]], theta: np.ndarray, column: int
-) -> None:
+def test_more_tokens_never_cost_less(requests: list[tuple[Tokens, int]], theta: np.ndarray, column: int) -> None:
     (tokens, context), *others = requests
     tokens = (*tokens[:2], 0)
     assume(any(tokens))
@@ -83,9 +69,7 @@ def test_more_tokens_never_cost_less(
 
 
 @given(batch, coefficients)
-def test_who_adds_nothing_pays_only_the_fixed_part(
-    requests: list[tuple[Tokens, int]], theta: np.ndarray
-) -> None:
+def test_who_adds_nothing_pays_only_the_fixed_part(requests: list[tuple[Tokens, int]], theta: np.ndarray) -> None:
     """A null player of the marginal game: decoding is free, so only a/|B| is left."""
     theta = theta * [1, 1, 0, 0]
     assume(theta[0] > 0)
@@ -166,9 +150,7 @@ def test_every_second_has_one_owner(
     usage = ledger.usage()
     totals = books.totals(clock, usage)
     assert totals.total == pytest.approx(clock - started)
-    assert totals.total == pytest.approx(
-        totals.cold + totals.busy + totals.overhead + totals.idle + totals.drain
-    )
+    assert totals.total == pytest.approx(totals.cold + totals.busy + totals.overhead + totals.idle + totals.drain)
     assert totals.busy == pytest.approx(paid)
     assert totals.idle == pytest.approx(idle, abs=1e-6)
     assert totals.billed >= totals.total > totals.billed - 1
@@ -209,9 +191,7 @@ def steps_of(theta: np.ndarray, count: int, noise: float = 0.0) -> list[tuple[np
     return steps
 
 
-@pytest.mark.parametrize(
-    "theta", [[2e-3, 1e-5, 2e-5, 3e-8], [5e-4, 3e-6, 8e-5, 0.0], [0.0, 1e-5, 1e-5, 1e-9]]
-)
+@pytest.mark.parametrize("theta", [[2e-3, 1e-5, 2e-5, 3e-8], [5e-4, 3e-6, 8e-5, 0.0], [0.0, 1e-5, 1e-5, 1e-9]])
 def test_the_fit_finds_what_made_the_steps(theta: list[float]) -> None:
     model = StepModel(2e9, 1e5)
     for work, duration in steps_of(np.array(theta), 3000, noise=0.02):
