@@ -145,13 +145,14 @@ class StepMeter:
             events += EVENT.pack(False, number, 0)
         decodes: list[int] = []
         others: list[int] = []
-        known = self._requests
+        known, decode = self._requests, decodes.append
         for name, new in output.num_scheduled_tokens.items():
             request = requests[name]
             computed = request.num_computed_tokens  # after this step: `schedule` has advanced it already
             state = known.get(name)
             if new == 1 and state is not None and state.last == computed - 1 >= state.plain:
-                decodes += state.number, computed
+                decode(state.number)
+                decode(computed)
             else:
                 if state is None:
                     state = self._announce(name, request.num_prompt_tokens, request.num_preemptions, events)
