@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from coldsnap import prices, timeline
 from coldsnap.books import Books
@@ -17,11 +18,12 @@ _IDLE_SECONDS = 60.0
 class Life:
     """Writes the cold start when the worker is ready, then its running totals, and the last at the end."""
 
-    def __init__(self, booted: Booted, sink: Sink) -> None:
+    def __init__(self, booted: Booted, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
         self._booted = booted
         self._sink = sink
         self.price = prices.of(booted.engine.info.gpu, booted.settings.gpu_price_per_second)
-        self._started = time.monotonic() - timeline.process_age()
+        self._clock = clock
+        self._started = clock() - timeline.process_age()
         self._books: Books | None = None
         self._written = 0.0
         self._steps = 0
@@ -30,7 +32,7 @@ class Life:
         """Write the cold start and open the books: what has run so far was part of it."""
         record = self._booted.cold_start()
         self._sink.write(record)
-        self._written = time.monotonic()
+        self._written = self._clock()
         ready = self._started + self._booted.timeline.total
         self._books = Books(self._started, ready, self._booted.engine.usage())
         return record
@@ -38,11 +40,11 @@ class Life:
     def drain(self) -> None:
         """Count what is neither run nor idle from now on as drain."""
         if self._books is not None:
-            self._books.drain(time.monotonic(), self._booted.engine.usage())
+            self._books.drain(self._clock(), self._booted.engine.usage())
 
     def tick(self) -> None:
         """Write the running totals if it is time to."""
-        now = time.monotonic()
+        now = self._clock()
         if self._books is None or now - self._written < _EVERY_SECONDS:
             return
         if self._booted.engine.usage().steps != self._steps or now - self._written >= _IDLE_SECONDS:
@@ -51,7 +53,7 @@ class Life:
     def end(self) -> None:
         """Write the last totals."""
         if self._books is not None:
-            self._write(self._books, time.monotonic(), final=True)
+            self._write(self._books, self._clock(), final=True)
 
     def _write(self, books: Books, now: float, *, final: bool) -> None:
         engine, settings = self._booted.engine, self._booted.settings
