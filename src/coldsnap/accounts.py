@@ -49,8 +49,9 @@ class Account:
     decode: float = 0.0
     split: tuple[float, float] = (0.0, 0.0)
     """Its part of the equal split since the last frame: before and after its first output."""
+    aborted: bool = False
     closed: bool = False
-    released: asyncio.Future[None] | None = None
+    settled: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Accounts:
@@ -86,6 +87,7 @@ class Accounts:
             self.reader.listen()
         account = Account(name, requests, meter, self._split.enter(), self._frames, self._ledger.lost_steps)
         self._open.setdefault(name, []).append(account)
+        meter.calls.append(account.settled)
         return account
 
     def first_output(self, account: Account) -> None:
@@ -95,7 +97,7 @@ class Accounts:
     def close(self, account: Account, *, aborted: bool) -> None:
         """Charge the job's meter: at once for a call that has ended, for an aborted one after its last step.
 
-        The meter's `tails` then holds what to wait for; it takes a second at most.
+        The latter takes a second at most.
         """
         self._drain()
         if account.first is not None and account.key is None and self._frames == account.frames:
@@ -104,11 +106,9 @@ class Accounts:
         share = self._split.leave(begun)
         before = share if account.first is None else min(share, max(0.0, account.first - begun))
         account.split = before, share - before
+        account.aborted = aborted
         if aborted and self._estimated is None and account.gone < account.requests:
-            loop = asyncio.get_running_loop()
-            account.released = loop.create_future()
-            account.meter.tails.append(account.released)
-            loop.call_later(_TAIL_SECONDS, self._settle, account)
+            asyncio.get_running_loop().call_later(_TAIL_SECONDS, self._settle, account)
         else:
             self._settle(account)
 
@@ -137,12 +137,12 @@ class Accounts:
         meter = account.meter
         if meter.final:  # a job that was torn down, or a response that goes on in the background
             self._ledger.write_off(account.prefill + account.decode)
-            return
-        meter.estimated |= self._estimated is not None or self._ledger.lost_steps != account.lost
-        meter.prefill_seconds += account.prefill
-        meter.gpu_seconds += account.prefill + account.decode
-        if account.released is not None and not account.released.done():
-            account.released.set_result(None)
+        else:
+            meter.estimated |= self._estimated is not None or self._ledger.lost_steps != account.lost
+            meter.prefill_seconds += account.prefill
+            meter.gpu_seconds += account.prefill + account.decode
+        if not account.settled.done():
+            account.settled.set_result(None)
 
     def _frame(self, frame: Frame) -> None:
         if self._estimated is not None:
@@ -183,7 +183,7 @@ class Accounts:
         self._credit(account, number)
         account.live.remove(number)
         account.gone += 1
-        if account.released is not None and account.gone == account.requests:
+        if account.aborted and account.gone == account.requests:
             self._settle(account)
 
     def _credit(self, account: Account, number: int) -> None:
@@ -203,6 +203,6 @@ class Accounts:
             f"the engine's steps are not metered: {reason}; costs are an equal split of its time, and the "
             "records say estimated"
         )
-        aborted = [each for calls in self._open.values() for each in calls if each.released is not None]
+        aborted = [each for calls in self._open.values() for each in calls if each.aborted]
         for account in aborted:
             self._settle(account)

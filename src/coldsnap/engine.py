@@ -12,6 +12,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+_SETTLE_SECONDS = 1.5
+"""How long a job's record waits for the engine; what it misses is overhead."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -50,8 +53,8 @@ class Meter:
     """What of it went into the prompt; the rest is decoding."""
     estimated: bool = False
     """Whether some of it is an equal split by time, or some step's report was lost."""
-    tails: list[asyncio.Future[None]] = field(default_factory=list)
-    """One for each aborted call that the engine has not let go of yet."""
+    calls: list[asyncio.Future[None]] = field(default_factory=list)
+    """One for each call of the engine, done once it is accounted for."""
     final: bool = False
     """Whether the job's record has been written: what still comes is nobody's."""
     sequences: int = 0
@@ -59,10 +62,10 @@ class Meter:
     finish_reason: str | None = None
 
     async def settle(self) -> None:
-        """Make the meter final once the engine has let go of what was aborted: within a second."""
+        """Make the meter final once the engine has let go of what was aborted: a step or two."""
         try:
-            if self.tails:
-                await asyncio.wait(self.tails)
+            if calls := [call for call in self.calls if not call.done()]:
+                await asyncio.wait(calls, timeout=_SETTLE_SECONDS)
         finally:
             self.final = True
 

@@ -66,7 +66,7 @@ async def test_a_call_pays_its_steps_once_it_ends(bench: Bench) -> None:
     bench.accounts.close(account, aborted=False)
     assert (meter.prefill_seconds, meter.gpu_seconds) == pytest.approx((1.0, 2.0))
     assert not meter.estimated
-    assert meter.tails == []
+    assert meter.calls[0].done()
     bench.frame({0: (0, 1, 0)})  # scheduled before its end was known
     bench.frame(gone=(0,))
     assert meter.gpu_seconds == pytest.approx(2.0)
@@ -100,14 +100,36 @@ async def test_an_aborted_call_waits_no_longer_than_a_second(bench: Bench) -> No
     assert meter.gpu_seconds == pytest.approx(1.0)
 
 
+async def test_a_call_that_is_closed_after_its_job_is_waited_for(bench: Bench) -> None:
+    """Starlette drops a response's generator when its client has gone; it is closed a moment later."""
+    account, meter = bench.open("job")
+    bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
+    settled = asyncio.create_task(meter.settle())
+    await asyncio.sleep(0.1)
+    bench.accounts.close(account, aborted=True)
+    bench.frame(gone=(0,))
+    await settled
+    assert meter.gpu_seconds == pytest.approx(1.0)
+
+
+async def test_what_a_call_costs_after_its_jobs_record_is_overhead(bench: Bench) -> None:
+    account, meter = bench.open("job")
+    await meter.settle()
+    bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
+    bench.accounts.close(account, aborted=False)
+    assert meter.gpu_seconds == 0.0
+    usage = bench.accounts.usage()
+    assert (usage.busy, usage.overhead[TAIL]) == pytest.approx((0.0, 1.0))
+
+
 async def test_many_completions_of_one_call_are_one_account(bench: Bench) -> None:
     account, meter = bench.open("job", requests=2)
     bench.frame({0: (10, 0, 0), 1: (10, 0, 0)}, begin={0: "0_job-0123abcd", 1: "1_job-0123abcd"})
     bench.accounts.close(account, aborted=True)
     bench.frame(gone=(0,))
-    assert not meter.tails[0].done()
+    assert not meter.calls[0].done()
     bench.frame(gone=(1,))
-    assert meter.tails[0].done()
+    assert meter.calls[0].done()
     assert meter.gpu_seconds == pytest.approx(1.0)
 
 
@@ -184,7 +206,7 @@ async def test_a_meter_that_breaks_hands_over_to_the_equal_split(bench: Bench) -
     bench.accounts.first_output(account)
     bench.accounts.close(aborted, aborted=True)
     bench.frame(broken="KeyError: 'x'")
-    assert tail.tails[0].done()
+    assert tail.calls[0].done()
     bench.wall += 0.1
     bench.accounts.close(account, aborted=False)
     bench.frame({0: (0, 1, 0)})  # not listened to any more
@@ -203,5 +225,5 @@ async def test_an_engine_that_cannot_be_metered_is_estimated_from_the_start() ->
     bench.accounts.close(account, aborted=True)
     assert bench.accounts.reader is None
     assert meter.gpu_seconds == pytest.approx(0.05)
-    assert meter.tails == []
+    assert meter.calls[0].done()
     assert meter.estimated
