@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
 
 _METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
+_CALLS: ContextVar[list[AsyncGenerator[Any, None]] | None] = ContextVar("coldsnap_calls", default=None)
+"""Where an HTTP request's calls of the engine are noted."""
 
 # fmt: off
 _SAMPLING_INTERNAL = frozenset({
@@ -217,9 +219,19 @@ class VllmEngine:
         """See `Engine.http`. The first call builds the application if `warm_up` has not yet."""
         app = await self._application()
         _METER.set(meter)
-        with _translated():
-            async with asgi.request(app, request) as response:
-                yield response
+        calls: list[AsyncGenerator[Any, None]] = []
+        _CALLS.set(calls)
+        try:
+            with _translated():
+                async with asgi.request(app, request) as response:
+                    yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            # An application that is stopped while it sends drops the engine's generator without closing it: the
+            # request would run on until the garbage collector comes by.
+            for call in calls:
+                if not call.ag_running:
+                    await call.aclose()
+            raise
 
     async def warm_up(self) -> None:
         """See `Engine.warm_up`: one token, over the chat template if the model has one."""
@@ -322,7 +334,10 @@ def _metered_llm(accounts: Accounts) -> Any:
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
             outputs = super().generate(prompt, sampling_params, request_id, *args, **kwargs)
-            return metered(outputs, request_id, sampling_params.n)
+            call = metered(outputs, request_id, sampling_params.n)
+            if (calls := _CALLS.get()) is not None:
+                calls.append(call)
+            return call
 
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
