@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ GENERIC = ("route", "body", "method")
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _NOT_FOUND = 404
 _ERROR_STATUS = 400
+_SERVER_ERROR = 500
 
+_DEEPEST = 100
+"""Levels of nesting in a job's input; orjson stops at 254."""
 _CHUNK_CHARACTERS = 160_000
 """A chunk of the platform is at most 1 MB, and JSON needs at most six bytes for a character."""
 
@@ -79,6 +83,7 @@ class Jobs:
         self._on_fatal = on_fatal
         self._price = prices.of(engine.info.gpu, settings.gpu_price_per_second)
         self._running: set[Paced[Piece, Chunk]] = set()
+        self._reason: ColdsnapError | None = None
 
     async def handle(self, job: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the job's chunks; a job that fails ends with `{"error": <JSON of an OpenAI error body>}`."""
@@ -100,6 +105,7 @@ class Jobs:
 
     def stop(self, reason: ColdsnapError) -> None:
         """End every running job with `reason`."""
+        self._reason = reason
         for paced in tuple(self._running):
             paced.stop(reason)
 
@@ -127,7 +133,7 @@ class Jobs:
             error = failure.type
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            error = "cancelled"
+            error = self._reason.type if self._reason else "cancelled"
             raise
         except Exception as failure:
             error = type(failure).__name__
@@ -206,7 +212,8 @@ class Jobs:
         arrival, ended = times
         info = self._engine.info
         cost = self._bill(meter)
-        between = meter.completion_tokens - meter.sequences
+        sequences = max(meter.sequences, 1)  # one that was cut has not been counted
+        between = meter.completion_tokens - sequences
         return Request(
             **origin(self._settings, info),
             job_id=job_id,
@@ -218,9 +225,7 @@ class Jobs:
             completion_tokens=meter.completion_tokens,
             queue_seconds=round(meter.queue_seconds, 6),
             ttft_seconds=round(meter.first_token - arrival, 6) if meter.first_token else None,
-            itl_seconds=round((meter.last_token - meter.first_token) * max(meter.sequences, 1) / between, 6)
-            if between > 0
-            else None,
+            itl_seconds=round((meter.last_token - meter.first_token) * sequences / between, 6) if between > 0 else None,
             duration_seconds=round(ended - arrival, 6),
             finish_reason=None if error else meter.finish_reason,
             error=error,
@@ -251,6 +256,7 @@ class _Answered(JobError):
             missing = RouteNotFound(f"{path}: this model does not serve it", param="route")
             self._body, self.type = missing.body(), missing.type
         else:
+            self.type = self.type if status >= _SERVER_ERROR else InvalidInput.type
             self._body = {"error": {"message": str(body), "type": self.type, "param": None, "code": status}}
 
     def body(self) -> dict[str, object]:
@@ -265,7 +271,7 @@ def parse(job: Mapping[str, Any], models: tuple[str, ...]) -> Native | Http:
             f"input: expected an object with prompt or messages, or openai_route, found {_kind(content)}",
             param="input",
         )
-    _check_text(content, "")
+    _check_values(content)
     if any(name in content for name in OPENAI):
         return _parse_http(content, OPENAI, models)
     if "route" in content:
@@ -288,7 +294,7 @@ def _parse_native(content: dict[str, Any], job_id: str, models: tuple[str, ...])
     sampling = _typed(content, "sampling_params", dict, {})
     model = _typed(content, "model", str, models[0])
     if model not in models:
-        raise ModelNotFound(f"model: {model!r} is not served here; served: {', '.join(models)}", param="model")
+        raise ModelNotFound(f"model: {model!r:.100} is not served here; served: {', '.join(models)}", param="model")
     template = _typed(content, "chat_template_kwargs", dict, {})
     generation = Generation(job_id, prompt, messages, sampling, template)
     return Native(generation, _typed(content, "stream", bool, default=False), model)
@@ -310,18 +316,20 @@ def _parse_http(content: dict[str, Any], names: tuple[str, ...], models: tuple[s
             body = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise InvalidInput(f"{body_name}: expected a JSON object: {error}", param=body_name) from error
+        _check_values({body_name: body})
     if body is not None and not isinstance(body, dict):
         raise InvalidInput(f"{body_name}: expected an object, found {_kind(body)}", param=body_name)
-    method = _typed(content, "method", str, "POST" if body is not None else _bodyless(path)).upper()
+    # Without a body: the platform sends a GET and an empty POST alike.
+    method = _typed(content, "method", str, "POST" if body is not None else routes.method(path)).upper()
     routes.check(path, method)
-    request = HttpRequest(method, path, query, b"" if body is None else orjson.dumps(body))
+    try:
+        data = b"" if body is None else orjson.dumps(body)
+    except TypeError as error:  # an integer of more than 64 bits, lists in lists in lists
+        raise InvalidInput(f"{body_name}: cannot be written as JSON: {error}", param=body_name) from error
     body = body or {}
-    return Http(request, body.get("stream") is True, str(body.get("model") or models[0]))
-
-
-def _bodyless(path: str) -> str:
-    """Return the method of a job without a body: the platform sends a GET so, and an empty POST alike."""
-    return routes.ALLOWED.get(path, "GET")
+    # Any other name goes to vLLM, which refuses it, but not into the record: it may be anything.
+    model = next((name for name in models if name == body.get("model")), models[0])
+    return Http(HttpRequest(method, path, query, data), body.get("stream") is True, model)
 
 
 def _check_messages(messages: Any) -> None:
@@ -333,37 +341,90 @@ def _check_messages(messages: Any) -> None:
                 f"messages[{i}]: expected an object with role and content, found {_kind(message)}",
                 param=f"messages[{i}]",
             )
-        if message.get("role") not in _ROLES:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
             raise InvalidInput(
-                f"messages[{i}].role: expected one of {', '.join(sorted(_ROLES))}, found {message.get('role')!r:.100}",
+                f"messages[{i}].role: expected one of {', '.join(sorted(_ROLES))}, found {role!r:.100}",
                 param=f"messages[{i}].role",
             )
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+        calls = message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise InvalidInput(
+                f"messages[{i}].tool_calls: expected a list of objects, found {_kind(calls)}",
+                param=f"messages[{i}].tool_calls",
+            )
+        if isinstance(message.get("content"), list):
+            _check_parts(message["content"], f"messages[{i}].content")
+        elif not isinstance(message.get("content"), str) and not calls:
             raise InvalidInput(
                 f"messages[{i}].content: expected a text or a list of parts, found {_kind(message.get('content'))}",
                 param=f"messages[{i}].content",
             )
 
 
-def _check_text(value: Any, where: str) -> None:
-    """Refuse what no tokenizer can read: lone surrogates and null characters, in keys and values."""
+def _check_parts(parts: list[Any], where: str) -> None:
+    for i, part in enumerate(parts):
+        if not isinstance(part, str | dict):
+            raise InvalidInput(
+                f"{where}[{i}]: expected an object with type, found {_kind(part)}", param=f"{where}[{i}]"
+            )
+        if isinstance(part, dict) and part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise InvalidInput(
+                f"{where}[{i}].text: expected a text, found {_kind(part.get('text'))}", param=f"{where}[{i}].text"
+            )
+
+
+def _check_values(content: dict[str, Any]) -> None:
+    """Refuse what no tokenizer can read and no engine can take, anywhere in a job's input.
+
+    Those are lone surrogates, null characters, numbers that are infinite or beyond 64 bits, and nesting
+    without end. A job of ten megabytes must not hold up the others: orjson looks first, in milliseconds, and
+    only where it finds something odd is each value looked at.
+    """
+    with contextlib.suppress(TypeError):
+        text = orjson.dumps(content)
+        if b"\\u0000" not in text and b"null" not in text:  # NaN and Infinity become null
+            return
+    if flaw := _flaw(content, 0):
+        where, what = flaw
+        where = where.removeprefix(".")[:200] if where.startswith(".") else f"input{where}"
+        raise InvalidInput(f"{where}: {what}", param=where)
+
+
+def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
+    """Return where in `value` something is wrong, and what; the path is made only for a flaw."""
+    if not isinstance(value, dict | list):
+        what = _wrong(value)
+        return ("", what) if what else None
+    if depth == _DEEPEST:
+        return "", f"expected at most {_DEEPEST} levels of nesting"
+    if isinstance(value, dict):
+        for key in value:
+            if what := _wrong(key):
+                return " (a key)", what
+        items = ((f".{key:.100}", item) for key, item in value.items())
+    else:
+        items = ((f"[{i}]", item) for i, item in enumerate(value))
+    for step, item in items:
+        if flaw := _flaw(item, depth + 1):
+            return step + flaw[0], flaw[1]
+    return None
+
+
+def _wrong(value: Any) -> str | None:
+    """Return what is wrong with a text or a number, if anything."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"expected a finite number, found {value}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return "expected a number of at most 64 bits"
     if isinstance(value, str):
         if "\0" in value:
-            raise InvalidInput(f"{where}: contains a null character at position {value.index(chr(0))}", param=where)
+            return f"contains a null character at position {value.index(chr(0))}"
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InvalidInput(
-                f"{where}: contains a lone surrogate at position {error.start}; expected valid Unicode",
-                param=where,
-            ) from error
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_text(key, f"{where} (a key)" if where else "input (a key)")
-            _check_text(item, f"{where}.{key}" if where else key)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            _check_text(item, f"{where}[{i}]")
+            return f"contains a lone surrogate at position {error.start}; expected valid Unicode"
+    return None
 
 
 def _only(content: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -422,7 +483,7 @@ def _join(pieces: list[Piece]) -> Iterable[Chunk]:
         run.append(event)
     if run:
         yield "".join(run)
-    yield from (piece for piece in pieces if isinstance(piece, dict))
+    yield from (piece for piece in pieces if not isinstance(piece, Delta | str))
 
 
 async def _whole_events(body: AsyncIterator[bytes]) -> AsyncIterator[str]:

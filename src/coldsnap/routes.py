@@ -42,7 +42,7 @@ _REFUSED = re.compile(
     r"/(docs|redoc|openapi\.json|static|metrics|load|ping|readyz?|server_info|kv_event_sources|tokenizer_info|"
     r"sleep|wake_up|is_sleeping|release_kv_cache_memory|pause|resume|is_paused|abort_requests|"
     r"(start|stop)_profile|reset_\w+|collective_rpc|(is_scaling|scale)_elastic_ep|fault_tolerance|get_world_size|"
-    r"(\w+_)?weights?(_\w+)?|v1/(un)?load_lora_adapter|v1/audio|v1/realtime|inference|invocations)(/.*)?"
+    r"(\w+_)?weights?(_\w+)?|v1/(un)?load_lora_adapter|adapters|v1/audio|v1/realtime|inference|invocations)(/.*)?"
     r"|/.+/(de)?render"
 )
 """Routes of vLLM that a job may not call or, as uploads and WebSockets, cannot. Other paths are not known."""
@@ -50,13 +50,18 @@ _REFUSED = re.compile(
 _PATTERNS = [(re.compile(re.sub(r"\{\w+\}", r"[A-Za-z0-9_-]+", route)), method) for route, method in ALLOWED.items()]
 
 
+def method(path: str) -> str:
+    """Return the method that `path` is open to; GET if it is not open."""
+    return next((allowed for pattern, allowed in _PATTERNS if pattern.fullmatch(path)), "GET")
+
+
 def check(path: str, method: str) -> None:
     """Raise an error that says why, unless a job may call `path` with `method`."""
+    if _REFUSED.fullmatch(path):  # first: /v1/responses/render is no response's id
+        raise RouteRefused(f"{path[:200]}: not open to jobs", param="route")
     for pattern, allowed in _PATTERNS:
         if pattern.fullmatch(path):
             if method != allowed:
                 raise MethodNotAllowed(f"{method[:20]} {path[:200]}: expected {allowed}", param="method")
             return
-    if _REFUSED.fullmatch(path):
-        raise RouteRefused(f"{path[:200]}: not open to jobs", param="route")
     raise RouteNotFound(f"{path[:200]}: no such route; known: {', '.join(ALLOWED)}", param="route")

@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
 
 _METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
-_CALLS: ContextVar[list[AsyncGenerator[Any, None]] | None] = ContextVar("coldsnap_calls", default=None)
+_CALLS: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
 """Where an HTTP request's calls of the engine are noted."""
 
 # fmt: off
 _SAMPLING_INTERNAL = frozenset({
-    "output_kind", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "detokenize",
+    "extra_args", "output_kind", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "detokenize",
     "stream_interval", "routed_experts_prompt_start", "trace_decode_token_ids", "prompt_logprob_token_ids",
     "prompt_logprob_start",
 })
@@ -52,9 +52,29 @@ _SAMPLING_OPENAI_ONLY = frozenset({"logprobs", "prompt_logprobs", "logprob_token
 """Fields whose result a native chunk has no place for."""
 
 
-class _OverBudget(JobError):
+_TEMPLATE_RESERVED = frozenset({
+    "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
+"""Arguments of `apply_chat_template` that a job may not give: its own template is code, as vLLM's server knows."""
+
+
+class _Unprocessable(InvalidInput):
+    status = 422
+    type = "UnprocessableEntityError"
+
+
+class _Unavailable(JobError):
     status = 503
     type = "ServiceUnavailableError"
+
+
+_CONFLICT = 409
+
+
+class _Conflict(JobError):
+    status = _CONFLICT
+    type = "Conflict"
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -146,6 +166,7 @@ def boot(
     if accounts.reader is not None:
         config.scheduler_config.scheduler_cls = step_meter.FACTORY
         environ[step_meter.VARIABLE] = accounts.reader.path
+    environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
         llm = _metered_llm(accounts).from_vllm_config(
@@ -195,7 +216,8 @@ class VllmEngine:
     async def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`. `max_tokens` is bounded by the context that the prompt leaves."""
         field = "prompt" if request.messages is None else "messages"
-        with _translated({"input_text": field, "input_tokens": field}):
+        rendered = f"{field}, chat_template_kwargs" if request.template else field
+        with _translated({"input_text": field, "input_tokens": field}, rendered):
             sampling = self._sampling(request.sampling)
             prompt = await self._render(request)
             left = self.info.max_model_len - len(prompt["prompt_token_ids"])
@@ -208,9 +230,13 @@ class VllmEngine:
             sampling.max_tokens = min(sampling.max_tokens or left, left)
             sampling.output_kind = self._delta
             _METER.set(meter)
+        sampled = "structured_outputs" in request.sampling
+        with _translated({}, "sampling_params.structured_outputs" if sampled else "sampling_params"):
             async with contextlib.aclosing(self._llm.generate(prompt, sampling, request.id)) as outputs:
                 async for output in outputs:
                     for part in output.outputs:
+                        if part.finish_reason == "error":
+                            raise _Unavailable("the engine gave this request up; its reason is in the worker's log")
                         if part.text or part.finish_reason:
                             yield Delta(part.text, part.index, part.finish_reason)
 
@@ -219,7 +245,7 @@ class VllmEngine:
         """See `Engine.http`. The first call builds the application if `warm_up` has not yet."""
         app = await self._application()
         _METER.set(meter)
-        calls: list[AsyncGenerator[Any, None]] = []
+        calls: list[Any] = []
         _CALLS.set(calls)
         try:
             with _translated():
@@ -273,10 +299,21 @@ class VllmEngine:
         if request.messages is None:
             (prompt,) = await renderer.render_cmpl_async([{"prompt": request.prompt}])
             return prompt
+        for name in request.template:
+            if name in _TEMPLATE_RESERVED:
+                where = f"chat_template_kwargs.{name}"
+                raise InvalidInput(f"{where}: not open to jobs", param=where)
+        if len(request.messages) > self.info.max_model_len:
+            raise InvalidInput(
+                f"messages: {len(request.messages)} messages cannot fit into the context of "
+                f"{self.info.max_model_len} tokens",
+                param="messages",
+            )
         chat = self._chat_params(
             chat_template=_chat_template(self._args.chat_template),
             chat_template_content_format=self._args.chat_template_content_format,
-            chat_template_kwargs={"add_generation_prompt": True, **request.template},
+            # Not tokenized by the template: only text is measured before it is turned into tokens.
+            chat_template_kwargs={"add_generation_prompt": True, **request.template, "tokenize": False},
         )
         _, (prompt,) = await renderer.render_chat_async([request.messages], chat)
         return prompt
@@ -383,42 +420,55 @@ def _note(meter: Meter, output: Any, *, first: bool) -> None:
 
 
 @contextlib.contextmanager
-def _translated(fields: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Raise vLLM's exceptions as ours; `fields` names the job's field for a parameter of vLLM's."""
+def _translated(fields: Mapping[str, str] | None = None, unnamed: str | None = None) -> Iterator[None]:
+    """Raise vLLM's exceptions as ours; `fields` names the job's field for a parameter of vLLM's.
+
+    `unnamed` is the job's field where vLLM names none.
+    """
     try:
         yield
     except ColdsnapError:
         raise
     except Exception as error:
         ours = translate(error)
-        if fields and ours.param and ours.param in fields:
-            ours.param = fields[ours.param]
-            ours.message = f"{ours.param}: {ours.message}"
+        where = (fields or {}).get(ours.param) if ours.param else unnamed
+        if where and isinstance(ours, InvalidInput):
+            ours.param = where
+            ours.message = f"{where}: {ours.message}"
         raise ours from error
 
 
 def translate(error: Exception) -> ColdsnapError:
     """Return our error for one of vLLM's. Whatever it does not know is an internal error of one job."""
+    import jinja2
     from vllm import exceptions
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    text = Exception.__str__(error) or type(error).__name__
+    # Not str(error): some append their parameter and value, and the value may be the prompt.
+    text = getattr(error, "message", None) or Exception.__str__(error) or type(error).__name__
+    param = getattr(error, "parameter", None)
     if isinstance(error, EngineDeadError):
         return EngineDead("the engine process is gone")
     if isinstance(error, getattr(exceptions, "GracefulHTTPError", ())):
-        return _OverBudget(text)
+        return (_Conflict if getattr(error, "http_status", None) == _CONFLICT else _Unavailable)(text)
+    if isinstance(error, getattr(exceptions, "RetryableRequestError", ())):
+        return _Unavailable(text)
     if isinstance(error, getattr(exceptions, "VLLMNotFoundError", ())):
         return ModelNotFound(text, param="model")
+    if isinstance(error, getattr(exceptions, "VLLMUnprocessableEntityError", ())):
+        return _Unprocessable(text, param=param)
     client_errors = (
         exceptions.VLLMValidationError,
         getattr(exceptions, "VLLMClientError", ()),
         ValueError,
         TypeError,
+        OverflowError,
+        jinja2.TemplateError,
     )
     if any(isinstance(error, kind) for kind in client_errors):
-        return InvalidInput(text, param=getattr(error, "parameter", None))
+        return InvalidInput(text, param=param)
     return JobError(f"{type(error).__name__}: {text}")
 
 

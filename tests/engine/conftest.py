@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest_asyncio
 
 from coldsnap.testing import ControlPlane
 
-from .worker import Worker
+from .worker import STALLS, Worker
 
 Boot = Callable[..., Worker]
 
@@ -32,6 +33,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session", autouse=True)
+async def stalls() -> AsyncIterator[None]:
+    """Watch for stalls of the machine, which `took` and `eventually` leave out."""
+    watch = asyncio.create_task(STALLS.watch())
+    yield
+    watch.cancel()
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_worker(tmp_path_factory: pytest.TempPathFactory, home: Path) -> AsyncIterator[Worker]:
     """Boot the worker that nearly all tests share; it takes fewer jobs at once than some of them submit."""
@@ -46,6 +55,8 @@ async def shared_worker(tmp_path_factory: pytest.TempPathFactory, home: Path) ->
 def worker(shared_worker: Worker) -> Iterator[Worker]:
     """Lend the shared worker to a test, which must leave it alive and the platform's rules unbroken."""
     yield shared_worker
+    for job in shared_worker.plane.jobs.values():
+        shared_worker.plane.cancel(job.id)  # nothing, where it has ended
     left, shared_worker.plane.violations = shared_worker.plane.violations, []
     assert left == []
     assert shared_worker.process.returncode is None

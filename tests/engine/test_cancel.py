@@ -10,48 +10,46 @@ import pytest
 
 from coldsnap.testing import Faults, JobCancelled, JobState
 
-from .worker import CONTEXT, CORPUS, Worker, eventually, text, user
+from .worker import CORPUS, LONG, STEADY, Worker, eventually, text, took, user
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = "What is a cold start?"
-LONG = CONTEXT - 200
-ENDLESS = {"max_tokens": LONG, "ignore_eos": True}
-CHAT = {"messages": [user(QUESTION)], **ENDLESS}
+CHAT = {"messages": [user(QUESTION)], **STEADY}
 SHAPES: dict[str, dict[str, Any]] = {
-    "native stream": {"messages": [user(QUESTION)], "stream": True, "sampling_params": ENDLESS},
-    "native": {"messages": [user(QUESTION)], "sampling_params": ENDLESS},
-    "native choices": {"prompt": QUESTION, "stream": True, "sampling_params": ENDLESS | {"n": 3, "temperature": 1}},
+    "native stream": {"messages": [user(QUESTION)], "stream": True, "sampling_params": STEADY},
+    "native": {"messages": [user(QUESTION)], "sampling_params": STEADY},
+    "native choices": {"prompt": QUESTION, "stream": True, "sampling_params": STEADY | {"n": 3, "temperature": 1}},
     "OpenAI stream": {"openai_route": "/v1/chat/completions", "openai_input": CHAT | {"stream": True}},
     "OpenAI": {"openai_route": "/v1/chat/completions", "openai_input": CHAT},
-    "generic": {"route": "/v1/completions", "body": {"prompt": QUESTION, **ENDLESS}},
+    "generic": {"route": "/v1/completions", "body": {"prompt": QUESTION, **STEADY}},
 }
 
 
-async def assert_engine_falls_idle(worker: Worker) -> None:
-    """A request that went on unseen would keep a core busy."""
-    await asyncio.sleep(0.2)  # steps under way
-    before = worker.engine_cpu_seconds()
-    await asyncio.sleep(0.5)
-    assert worker.engine_cpu_seconds() - before < 0.15
+async def assert_engine_is_idle(worker: Worker) -> None:
+    """A request that went on unseen would keep the core busy."""
+    await asyncio.sleep(0.1)  # steps under way
+    before = worker.core_cpu_seconds()
+    await asyncio.sleep(0.4)
+    assert worker.core_cpu_seconds() - before < 0.06
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 async def test_a_cancelled_job_is_aborted_in_the_engine_within_a_second(worker: Worker, shape: str) -> None:
     job = worker.plane.submit(SHAPES[shape])
     await eventually(lambda: job.state is JobState.IN_PROGRESS, 2)
-    await asyncio.sleep(0.3)
-    before = worker.engine_cpu_seconds()
-    await asyncio.sleep(0.2)
-    assert worker.engine_cpu_seconds() - before > 0.05  # it does run
+    before = worker.core_cpu_seconds()
+    await asyncio.sleep(0.5)
+    assert worker.core_cpu_seconds() > before  # it does run
     assert worker.plane.cancel(job.id)
     record = await worker.record(job, within=1.0)
     assert record["error"] == "cancelled"
     assert record["finish_reason"] is None
-    assert 0 < record["completion_tokens"] < 0.75 * LONG
-    assert record["duration_seconds"] < 1.5
+    # vLLM's application tells the tokens of an answer that is not streamed only at its end.
+    unseen = shape in {"OpenAI", "generic"}
+    assert (0 if unseen else 1) <= record["completion_tokens"] < 0.75 * LONG
     assert record["gpu_seconds"] > 0
-    await assert_engine_falls_idle(worker)
+    await assert_engine_is_idle(worker)
     with pytest.raises(JobCancelled):
         await job.result(1)
     assert job.late_posts <= 1  # what was under way
@@ -68,21 +66,21 @@ async def test_a_cancel_reaches_a_job_whose_post_hangs(worker: Worker, monkeypat
         record = await worker.record(job, within=1.0)
         assert record["error"] == "cancelled"
         assert 0 < record["completion_tokens"] < 0.75 * LONG
-        await assert_engine_falls_idle(worker)
+        await assert_engine_is_idle(worker)
 
 
 async def test_a_hanging_post_holds_up_neither_the_engine_nor_other_jobs(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker.plane, "_faults", Faults(delay=3))
+        patch.setattr(worker.plane, "_faults", Faults(delay=4))
         slow = worker.ask(QUESTION)
         await eventually(lambda: slow.posts == 1, 2)
     begun = time.monotonic()
     questions = list(CORPUS)[:8]
     for question, job in [(question, worker.ask(question)) for question in questions]:
-        assert text(await job.result(3)) == CORPUS[question]
-    assert time.monotonic() - begun < 2.5
+        assert text(await job.result(10)) == CORPUS[question]
+    assert took(begun) < 2.5
     assert not slow.done
     record = await worker.record(slow, within=0.1)  # the engine is long done with it
     assert record["finish_reason"] == "stop"

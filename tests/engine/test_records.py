@@ -12,7 +12,7 @@ import pytest
 
 from coldsnap.testing import JobFailed
 
-from .worker import CORPUS, MANIFEST, MODEL, Worker, user
+from .worker import CORPUS, MANIFEST, MODEL, STALLS, Worker, user
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -43,7 +43,7 @@ async def test_the_phases_of_a_cold_start_add_up_to_process_start_till_ready(wor
     assert list(first["phases"])[:3] == ["python", "settings", "import_vllm"]
     assert {"configure", "engine", "warm_up"} <= first["phases"].keys()
     assert first["phases"]["import_vllm"] > 1
-    assert 0 < first["beside"]["verify"] < first["seconds"]
+    assert 0 < first["beside"]["read_snapshot"] < first["seconds"]
     # Against the clock outside: the process was started just after `spawned`.
     assert seconds_between(first, worker.spawned) == pytest.approx(first["seconds"], abs=0.3)
 
@@ -108,7 +108,9 @@ def assert_plausible(record: dict[str, Any], begun: float) -> None:
     assert 0 <= record["queue_seconds"] <= record["ttft_seconds"] <= record["duration_seconds"] <= wall
     assert 0 < record["itl_seconds"] < record["duration_seconds"]
     decoding = record["itl_seconds"] * (record["completion_tokens"] - 1)
-    assert record["ttft_seconds"] + decoding == pytest.approx(record["duration_seconds"], abs=0.05)
+    ended = time.monotonic()
+    slack = 0.05 + STALLS.within(ended - wall, ended)
+    assert record["ttft_seconds"] + decoding == pytest.approx(record["duration_seconds"], abs=slack)
     assert 0 < record["gpu_seconds"] <= record["duration_seconds"]
     assert datetime.fromisoformat(record["time"]).tzinfo == UTC
 
@@ -117,7 +119,9 @@ async def test_choices_and_batched_prompts_are_counted_together(worker: Worker) 
     job = worker.ask(QUESTION, sampling_params={"n": 2, "temperature": 0.01})
     usage = (await job.result(10))[-1]["usage"]
     assert (await worker.record(job))["completion_tokens"] == usage["completion_tokens"]
-    job = worker.openai("/v1/completions", {"prompt": [QUESTION, "What is TTFT?", "hi"], "n": 2, "max_tokens": 6})
+    job = worker.openai(
+        "/v1/completions", {"prompt": [QUESTION, "What is TTFT?", "hi"], "n": 2, "max_tokens": 6, "temperature": 0.01}
+    )
     (answer,) = await job.result(10)
     record = await worker.record(job)
     assert record["completion_tokens"] == answer["usage"]["completion_tokens"] == 36
@@ -177,7 +181,7 @@ async def test_neither_ledger_nor_log_repeats_what_was_said(worker: Worker) -> N
         worker.plane.submit({"messages": [user(said)], "sampling_params": {"top_p": 7}}),
         worker.plane.submit({"messages": [user(said)], "chat_template_kwargs": {"tools": 5}}),
         worker.plane.submit({"prompt": [said]}),
-        worker.openai("/v1/chat/completions", {"messages": [{"role": said, "content": said}]}),
+        worker.openai("/v1/chat/completions", {"messages": [{"role": "robot", "content": said}]}),
         worker.openai("/v1/chat/completions", {"messages": said}),
         worker.plane.submit({"route": "/tokenize", "body": said}),
     ]

@@ -110,21 +110,20 @@ class TestGoodInput:
         assert isinstance(request, Http)
         assert (request.request.path, request.request.query) == ("/v1/responses/resp_1", "include=a&x=?")
 
-    @pytest.mark.xfail(strict=True, reason="patch proposed: the method of a path with an id is not looked up")
     def test_a_response_is_cancelled_by_a_post_without_a_body(self) -> None:
         request = parsed({"openai_route": "/v1/responses/resp_1/cancel", "openai_input": {}})
         assert isinstance(request, Http)
         assert request.request.method == "POST"
 
     def test_ten_megabytes_are_parsed_in_no_time(self) -> None:
-        began = time.monotonic()
+        began = time.process_time()
         for content in (
             {"prompt": "日" * (10 * MEGABYTE // 3)},
             {"messages": [USER] * 100_000},
             {"openai_input": {"prompt": "x" * (10 * MEGABYTE)}},
         ):
             parsed(content)
-        assert time.monotonic() - began < 2.0
+        assert time.process_time() - began < 2.0
 
 
 class TestBadInput:
@@ -197,7 +196,6 @@ class TestBadInput:
         assert error.status == 400
 
     @pytest.mark.parametrize("role", [["user"], {"name": "user"}])
-    @pytest.mark.xfail(strict=True, reason="patch proposed: a role that cannot be hashed is a TypeError")
     def test_a_role_that_is_no_text_is_named(self, role: Any) -> None:
         assert refusal({"messages": [{"role": role, "content": "Hi"}]}).param == "messages[0].role"
 
@@ -297,7 +295,6 @@ class TestBadInput:
         assert error.message.startswith(f"{param}: contains a ")
         orjson.dumps(error.body())  # raises if anything bad is left in it
 
-    @pytest.mark.xfail(strict=True, reason="patch proposed: a body given as JSON text is not looked through")
     def test_a_null_character_escaped_in_a_body_of_json_text_is_named(self) -> None:
         error = refusal({"route": "/tokenize", "body": '{"prompt": "a\\u0000b"}'})
         assert error.param == "body.prompt"
@@ -305,13 +302,16 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "value", [2**64, -(2**63) - 1, nested(300), nested(900)], ids=["large", "small", "deep", "deeper"]
     )
-    @pytest.mark.xfail(strict=True, reason="patch proposed: what orjson cannot write is a TypeError")
     def test_json_that_cannot_be_handed_on_is_named(self, value: Any) -> None:
-        assert refusal({"openai_input": {"messages": [USER], "seed": value}}).param == "openai_input"
+        assert (refusal({"openai_input": {"messages": [USER], "seed": value}}).param or "").startswith(
+            "openai_input.seed"
+        )
 
-    @pytest.mark.xfail(strict=True, reason="patch proposed: a RecursionError of _check_text is no InvalidInput")
     def test_input_nested_without_end_is_named(self) -> None:
-        assert refusal({"prompt": "Hi", "sampling_params": {"x": nested(100_000)}}).param == "input"
+        error = refusal({"prompt": "Hi", "sampling_params": {"x": nested(100_000)}})
+        assert (error.param or "").startswith("sampling_params.x")
+        assert "100 levels" in error.message
+        assert len(error.message) < 300
 
     @pytest.mark.parametrize(
         "content",
@@ -321,14 +321,8 @@ class TestBadInput:
             {"openai_route": "x" * MEGABYTE},
             {"openai_route": "/" + "x" * MEGABYTE},
             {"route": "/tokenize", "body": {"x": 1}, "method": "x" * MEGABYTE},
-            pytest.param(
-                {"prompt": "Hi", "model": "x" * MEGABYTE},
-                marks=pytest.mark.xfail(strict=True, reason="patch proposed: cut the name"),
-            ),
-            pytest.param(
-                {"prompt": "Hi", "sampling_params": {"x" * MEGABYTE: "\0"}},
-                marks=pytest.mark.xfail(strict=True, reason="patch proposed: cut the path"),
-            ),
+            {"prompt": "Hi", "model": "x" * MEGABYTE},
+            {"prompt": "Hi", "sampling_params": {"x" * MEGABYTE: "\0"}},
         ],
         ids=["key", "role", "route", "path", "method", "model", "nested key"],
     )
@@ -622,7 +616,6 @@ class TestHttp:
         assert error["code"] == 502
         assert error["type"]
 
-    @pytest.mark.xfail(strict=True, reason="patch proposed: a 4xx without an OpenAI body is an internal error")
     async def test_a_4xx_of_another_form_is_the_callers_error(self, tmp_path: Path) -> None:
         worker = self.worker(tmp_path, b'{"message": "bad role", "id": "1"}', status=400)
         error = error_of(await worker.run(CHAT))
@@ -631,7 +624,6 @@ class TestHttp:
     async def test_an_answer_that_is_not_json_is_an_error(self, tmp_path: Path) -> None:
         assert error_of(await self.worker(tmp_path, b"<html>").run(CHAT))["code"] == 500
 
-    @pytest.mark.xfail(strict=True, reason="patch proposed: _join drops what is neither text nor dict")
     async def test_an_answer_that_is_a_list_is_not_lost(self, tmp_path: Path) -> None:
         assert await self.worker(tmp_path, b"[1, 2]").run(CHAT) == [[1, 2]]
 
@@ -654,8 +646,9 @@ class TestCancel:
     LONG = (Delta("a"), *(0.1, Delta("b")) * 1000)
 
     async def platform(self, worker: Worker, post: float) -> None:
-        """Do as the SDK does: wait for every chunk's POST."""
-        async for _ in worker.jobs.handle({"id": "job-1", "input": {"prompt": "Hi", "stream": True}}):
+        """Do as the SDK does: wait for every chunk's POST, and hold the generator even when cancelled."""
+        self.held = worker.jobs.handle({"id": "job-1", "input": {"prompt": "Hi", "stream": True}})
+        async for _ in self.held:
             await asyncio.sleep(post)
 
     @pytest.mark.parametrize("post", [0.0, 3600.0], ids=["between chunks", "inside a POST"])
@@ -782,10 +775,7 @@ class TestRecord:
         "script",
         [
             [],
-            pytest.param(
-                [Delta("x")],
-                marks=pytest.mark.xfail(strict=True, reason="patch proposed: count a completion that was cut"),
-            ),
+            [Delta("x")],
         ],
     )
     async def test_below_two_tokens_there_is_no_time_between_tokens(self, tmp_path: Path, script: list[Delta]) -> None:
@@ -814,10 +804,7 @@ class TestRecord:
             {"route": "/tokenize", "body": SECRET},
             {"route": "/tokenize", "method": SECRET},
             {"openai_route": "/v1/embeddings", "openai_input": {"input": SECRET}},
-            pytest.param(
-                {"openai_route": "/v1/completions", "openai_input": {"prompt": SECRET, "model": SECRET}},
-                marks=pytest.mark.xfail(strict=True, reason="patch proposed: record no unknown model's name"),
-            ),
+            {"openai_route": "/v1/completions", "openai_input": {"prompt": SECRET, "model": SECRET}},
             SECRET,
             [SECRET],
         ],
