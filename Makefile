@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test check format lock snapshot clean
+.PHONY: help demo test check format lock schema snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -27,6 +27,10 @@ format: ## format, and fix what ruff can fix
 	@scripts/setup.sh test
 	@$(py) -m ruff format .
 	@$(py) -m ruff check --fix .
+
+schema: ## write docs/records.schema.json again
+	@mkdir -p docs
+	@PYTHONPATH=src $(py) -m coldsnap.records >docs/records.schema.json
 
 snapshot: ## train, quantise and write snapshots/demo again
 	@scripts/setup.sh bake

@@ -17,7 +17,7 @@ from pathlib import Path
 from coldsnap import snapshot, vllm_engine
 from coldsnap.engine import Engine
 from coldsnap.errors import SettingsError
-from coldsnap.records import ColdStart
+from coldsnap.records import ColdStart, origin
 from coldsnap.settings import Settings
 from coldsnap.timeline import Timeline
 
@@ -35,12 +35,7 @@ class Booted:
         """Return the record of this boot; its phases add up to now."""
         info = self.engine.info
         return ColdStart(
-            worker_id=self.settings.worker_id,
-            endpoint_id=self.settings.endpoint_id,
-            gpu=info.gpu,
-            gpu_count=info.gpu_count,
-            snapshot_digest=info.weights_digest,
-            vllm=info.version,
+            **origin(self.settings, info),
             seconds=round(self.timeline.total, 6),
             phases={name: round(seconds, 6) for name, seconds in self.timeline.phases.items()},
             beside={name: round(seconds, 6) for name, seconds in self.timeline.beside.items()},

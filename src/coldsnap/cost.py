@@ -1,4 +1,4 @@
-"""Who used the engine, for how long: busy seconds split equally among the requests inside it.
+"""The fallback of `accounts`, where steps are not metered: busy seconds split equally among the requests.
 
 While n requests are in the engine each of them is charged 1/n of every second. The sum of all shares is
 therefore exactly the time during which the engine had work. This knows nothing of tokens or steps.
@@ -35,6 +35,11 @@ class EqualSplit:
         self._advance()
         self._inside -= 1
         return self._virtual - mark
+
+    def look(self) -> tuple[float, float]:
+        """Return the virtual time and the busy seconds, as of now."""
+        self._advance()
+        return self._virtual, self.busy_seconds
 
     def _advance(self) -> None:
         now = self._clock()

@@ -42,6 +42,9 @@ class Worker(Protocol):
     async def watch(self) -> None:
         """Run beside the jobs until cancelled."""
 
+    def draining(self) -> None:
+        """Learn that SIGTERM has come and running jobs are being waited for."""
+
     def stop_jobs(self) -> None:
         """End every running job with an error."""
 
@@ -84,6 +87,7 @@ class _EventDriven:
             if self.sdk._job_stop_url() is not None:  # noqa: SLF001 -- how the SDK itself asks
                 others.append(asyncio.create_task(self.monitor_stop_signals(session)))
             await self._shutdown_event.wait()
+            self.worker.draining()
             await self._drain(take)
             others += self._running
             for task in others:

@@ -6,10 +6,14 @@ Everything that crosses is plain data of ours, so that the engine's front end ma
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+_SETTLE_SECONDS = 1.5
+"""How long a job's record waits for the engine; what it misses is overhead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +48,26 @@ class Meter:
     first_token: float = 0.0
     last_token: float = 0.0
     gpu_seconds: float = 0.0
+    """The job's share of the engine's steps; one GPU's, however many the engine has."""
+    prefill_seconds: float = 0.0
+    """What of it went into the prompt; the rest is decoding."""
+    estimated: bool = False
+    """Whether some of it is an equal split by time, or some step's report was lost."""
+    calls: list[asyncio.Future[None]] = field(default_factory=list)
+    """One for each call of the engine, done once it is accounted for."""
+    final: bool = False
+    """Whether the job's record has been written: what still comes is nobody's."""
     sequences: int = 0
     """Completions started: `n`, times the prompts of a batched request."""
     finish_reason: str | None = None
+
+    async def settle(self) -> None:
+        """Make the meter final once the engine has let go of what was aborted: a step or two."""
+        try:
+            if calls := [call for call in self.calls if not call.done()]:
+                await asyncio.wait(calls, timeout=_SETTLE_SECONDS)
+        finally:
+            self.final = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +111,44 @@ class HttpResponse:
     chunks: AsyncIterator[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How long a step takes, as the engine's ledger has learnt it: T = a + b*prefill + c*decode + d*attention.
+
+    Seconds per step, per prefill token, per decode token, per position read. `residual` is the root mean square
+    of (predicted - measured)/measured over the remembered steps, None before any.
+    """
+
+    a: float
+    b: float
+    c: float
+    d: float
+    residual: float | None
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the engine's steps have cost since its boot, in seconds of the engine, not yet times its GPUs."""
+
+    busy: float = 0.0
+    """Requests' shares."""
+    overhead: Mapping[str, float] = field(default_factory=dict)
+    """By cause."""
+    steps: int = 0
+    lost_steps: int = 0
+    metering: float = 0.0
+    """What the metering itself took, inside the steps."""
+    fit: Fit | None = None
+    estimated: str | None = None
+    """Why some shares are an equal split by time instead of measured steps, if some are."""
+
+    @property
+    def spent(self) -> float:
+        """Seconds in which the engine ran."""
+        return self.busy + sum(self.overhead.values())
+
+
 class Engine(Protocol):
     """A booted engine. Every method raises only errors of `coldsnap.errors`."""
 
@@ -103,6 +162,9 @@ class Engine(Protocol):
 
     async def warm_up(self) -> None:
         """Take the first-request costs (lazy imports, tokenizer, one engine step) before a user does."""
+
+    def usage(self) -> Usage:
+        """Return what the engine's steps have cost since its boot."""
 
     def check(self) -> None:
         """Raise `EngineDead` if the engine's process is known to be gone."""

@@ -18,10 +18,11 @@ from typing import Any
 
 import orjson
 
-from coldsnap import routes
+from coldsnap import bill, prices, routes
+from coldsnap.bill import Bill
 from coldsnap.engine import Delta, Engine, Generation, HttpRequest, Meter
 from coldsnap.errors import ColdsnapError, InvalidInput, JobError, ModelNotFound, RouteNotFound
-from coldsnap.records import Request, Sink
+from coldsnap.records import Request, Sink, origin
 from coldsnap.settings import Settings
 from coldsnap.stream import Paced
 
@@ -80,6 +81,7 @@ class Jobs:
         self._settings = settings
         self._sink = sink
         self._on_fatal = on_fatal
+        self._price = prices.of(engine.info.gpu, settings.gpu_price_per_second)
         self._running: set[Paced[Piece, Chunk]] = set()
         self._reason: ColdsnapError | None = None
 
@@ -137,7 +139,12 @@ class Jobs:
             error = type(failure).__name__
             raise JobError(f"{type(failure).__name__}: {failure}") from failure
         finally:
-            self._sink.write(self._record(str(job.get("id")), request, meter, arrival, error))
+            ended = time.monotonic()
+            try:
+                await meter.settle()
+            finally:
+                times = arrival, ended
+                self._sink.write(self._record(str(job.get("id")), request, meter, times, error))
 
     async def _native(self, request: Native, meter: Meter) -> AsyncGenerator[Piece, None]:
         texts: dict[int, list[str]] = {}
@@ -156,21 +163,29 @@ class Jobs:
                 {"index": i, "finish_reason": reason} | ({} if request.stream else {"text": "".join(texts.get(i, ()))})
                 for i, reason in sorted(finish.items())
             ]
-        yield last | {
-            "finish_reason": finish.get(0),
-            "usage": {
-                "prompt_tokens": meter.prompt_tokens,
-                "cached_tokens": meter.cached_tokens,
-                "completion_tokens": meter.completion_tokens,
-                "total_tokens": meter.prompt_tokens + meter.completion_tokens,
-            },
-            "gpu_seconds": self._gpu_seconds(meter),
-        }
+        cost = self._bill(meter)
+        yield (
+            last
+            | {
+                "finish_reason": finish.get(0),
+                "usage": {
+                    "prompt_tokens": meter.prompt_tokens,
+                    "cached_tokens": meter.cached_tokens,
+                    "completion_tokens": meter.completion_tokens,
+                    "total_tokens": meter.prompt_tokens + meter.completion_tokens,
+                },
+                "gpu_seconds": cost.gpu_seconds,
+            }
+            | ({"cost": cost.fields()} if self._settings.cost_in_response else {})
+        )
 
     async def _http(self, request: Http, meter: Meter) -> AsyncGenerator[Piece, None]:
         async with self._engine.http(request.request, meter) as response:
             if response.status < _ERROR_STATUS and response.content_type.startswith("text/event-stream"):
-                async for events in _whole_events(response.chunks):
+                stream = _whole_events(response.chunks)
+                if self._settings.cost_in_response:
+                    stream = bill.in_stream(stream, lambda: self._bill(meter))
+                async for events in stream:
                     yield events
                 self._engine.check()
                 return
@@ -178,24 +193,29 @@ class Jobs:
             if response.status >= _ERROR_STATUS:
                 self._engine.check()
                 raise _Answered(response.status, content, request.request.path)
-            yield orjson.loads(content) if content else {"status": response.status}
+            answer = orjson.loads(content) if content else {"status": response.status}
+            if self._settings.cost_in_response:
+                answer = bill.in_answer(answer, lambda: self._bill(meter))
+            yield answer
 
-    def _gpu_seconds(self, meter: Meter) -> float:
-        return round(meter.gpu_seconds * self._engine.info.gpu_count, 6)
+    def _bill(self, meter: Meter) -> Bill:
+        return Bill.of(meter, self._engine.info, self._price)
 
     def _record(
-        self, job_id: str, request: Native | Http | None, meter: Meter, arrival: float, error: str | None
+        self,
+        job_id: str,
+        request: Native | Http | None,
+        meter: Meter,
+        times: tuple[float, float],
+        error: str | None,
     ) -> Request:
+        arrival, ended = times
         info = self._engine.info
+        cost = self._bill(meter)
         sequences = max(meter.sequences, 1)  # one that was cut has not been counted
         between = meter.completion_tokens - sequences
         return Request(
-            worker_id=self._settings.worker_id,
-            endpoint_id=self._settings.endpoint_id,
-            gpu=info.gpu,
-            gpu_count=info.gpu_count,
-            snapshot_digest=info.weights_digest,
-            vllm=info.version,
+            **origin(self._settings, info),
             job_id=job_id,
             route="native" if not isinstance(request, Http) else request.request.path,
             model=request.model if request else info.models[0],
@@ -206,10 +226,16 @@ class Jobs:
             queue_seconds=round(meter.queue_seconds, 6),
             ttft_seconds=round(meter.first_token - arrival, 6) if meter.first_token else None,
             itl_seconds=round((meter.last_token - meter.first_token) * sequences / between, 6) if between > 0 else None,
-            duration_seconds=round(time.monotonic() - arrival, 6),
+            duration_seconds=round(ended - arrival, 6),
             finish_reason=None if error else meter.finish_reason,
             error=error,
-            gpu_seconds=self._gpu_seconds(meter),
+            gpu_seconds=cost.gpu_seconds,
+            prefill_gpu_seconds=cost.prefill_gpu_seconds,
+            decode_gpu_seconds=cost.decode_gpu_seconds,
+            usd=cost.usd,
+            price_per_second=cost.price_per_second,
+            estimated=cost.estimated,
+            fit=self._engine.usage().fit,
         )
 
 

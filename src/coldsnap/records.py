@@ -1,18 +1,23 @@
-"""What a worker leaves behind: one JSON line per boot and per request, on stdout and in ledger.jsonl.
+"""What a worker leaves behind: JSON lines per boot, request and worker, on stdout and in ledger.jsonl.
 
-Prompts and completions are never recorded.
+Prompts and completions are never recorded. `python -m coldsnap.records` prints the JSON Schema of a line.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
+
+from coldsnap.engine import EngineInfo, Fit
+from coldsnap.settings import Settings
 
 LEDGER = "ledger.jsonl"
 
@@ -22,12 +27,17 @@ def _now() -> datetime:
 
 
 class Record(BaseModel):
-    """What every record says. Times are UTC, durations seconds."""
+    """What every record says. Times are UTC, durations seconds.
+
+    `monotonic` is the worker's monotonic clock: it orders the records of one boot, whatever happens to the
+    time of day. GPU-seconds are seconds times `gpu_count`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     time: AwareDatetime = Field(default_factory=_now)
+    monotonic: float = Field(default_factory=lambda: round(time.monotonic(), 6))
     worker_id: str
     endpoint_id: str
     gpu: str
@@ -53,7 +63,9 @@ class Request(Record):
 
     `ttft_seconds` runs from the job's arrival in this worker to its first token out of the engine, and is
     null if there was none. `itl_seconds` is the mean time between tokens of a completion, null below two.
-    `gpu_seconds` is the job's equal share of the engine's busy time, times `gpu_count`.
+    `gpu_seconds` is the job's share of the engine's steps, its marginal cost: an aborted job pays until the
+    engine has let go of it. `estimated` if that is an equal split by time, or a step's report was lost. `fit`
+    is the model of a step that the shares go by.
     """
 
     record: Literal["request"] = "request"
@@ -71,6 +83,83 @@ class Request(Record):
     finish_reason: str | None
     error: str | None = None
     gpu_seconds: float
+    prefill_gpu_seconds: float
+    decode_gpu_seconds: float
+    usd: float | None
+    price_per_second: float | None
+    estimated: bool
+    fit: Fit | None
+
+
+class Worker(Record):
+    """A worker's running totals since its process started; the `final` one is written when it ends.
+
+    `gpu_seconds` is the sum of the five below it: up to ready, requests' shares, what the engine ran for
+    nobody (by cause), waiting for jobs, and waiting after SIGTERM. `billed_seconds` is the worker's life
+    rounded up; `usd` its price: an estimate. `metering_seconds`, inside the engine's steps, went into
+    measuring them.
+    """
+
+    record: Literal["worker"] = "worker"
+    final: bool
+    gpu_seconds: float
+    cold_gpu_seconds: float
+    busy_gpu_seconds: float
+    overhead_gpu_seconds: float
+    idle_gpu_seconds: float
+    drain_gpu_seconds: float
+    overhead_causes: dict[str, float]
+    billed_seconds: int
+    usd: float | None
+    price_per_second: float | None
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    steps: int
+    lost_steps: int
+    metering_seconds: float
+    estimated: bool
+    estimated_because: str | None
+    fit: Fit | None
+
+
+Line = Annotated[ColdStart | Request | Worker, Field(discriminator="record")]
+
+
+def origin(settings: Settings, info: EngineInfo) -> dict[str, Any]:
+    """Return the fields that say which worker a record is from."""
+    return {
+        "worker_id": settings.worker_id,
+        "endpoint_id": settings.endpoint_id,
+        "gpu": info.gpu,
+        "gpu_count": info.gpu_count,
+        "snapshot_digest": info.weights_digest,
+        "vllm": info.version,
+    }
+
+
+def schema() -> str:
+    """Return the JSON Schema of a line of the ledger."""
+    found = TypeAdapter(Line).json_schema(mode="serialization")
+    return orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+@dataclass(slots=True)
+class Tally:
+    """Totals of the request records written."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, record: Request) -> None:
+        """Count one."""
+        self.requests += 1
+        self.prompt_tokens += record.prompt_tokens
+        self.cached_tokens += record.cached_tokens
+        self.completion_tokens += record.completion_tokens
 
 
 class Sink:
@@ -80,9 +169,12 @@ class Sink:
         self._path = folder / LEDGER
         self._echo = echo
         self.unwritten = 0
+        self.tally = Tally()
 
     def write(self, record: Record) -> None:
         """Append `record` to the ledger and echo its line."""
+        if isinstance(record, Request):
+            self.tally.add(record)
         line = orjson.dumps(record.model_dump(mode="json")).decode()
         self._echo(line)
         try:
@@ -98,3 +190,7 @@ class Sink:
                     flush=True,
                 )
             self.unwritten += 1
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema())

@@ -82,6 +82,18 @@ class Settings(BaseModel):
         alias="COLDSNAP_LEDGER_DIR",
         description="Folder of ledger.jsonl, the cold-start and request records.",
     )
+    cost_in_response: bool = Field(
+        True,
+        alias="COST_IN_RESPONSE",
+        description="Put `cost` (GPU-seconds, dollars) into answers, beside `usage`.",
+    )
+    gpu_price_per_second: float | None = Field(
+        None,
+        alias="GPU_PRICE_PER_SECOND",
+        ge=0,
+        allow_inf_nan=False,
+        description="US dollars for a second of one GPU. Default: the platform's flex price, where known.",
+    )
     hf_token: str | None = Field(
         None, alias="HF_TOKEN", repr=False, description="Hub token; used only with ALLOW_HUB=true."
     )

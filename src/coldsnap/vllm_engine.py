@@ -18,11 +18,11 @@ import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from coldsnap import arguments, asgi
-from coldsnap.cost import EqualSplit
-from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter
+from coldsnap import arguments, asgi, step_meter
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
     EngineBootError,
@@ -33,7 +33,12 @@ from coldsnap.errors import (
     SettingsError,
 )
 
+if TYPE_CHECKING:
+    from coldsnap.accounts import Accounts
+
 _METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
+_CALLS: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
+"""Where an HTTP request's calls of the engine are noted."""
 
 # fmt: off
 _SAMPLING_INTERNAL = frozenset({
@@ -104,6 +109,8 @@ def load() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
     from vllm.v1.engine import async_llm  # noqa: F401
 
+    # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
+    logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
     importlib.import_module(_parser_module())
 
 
@@ -132,6 +139,10 @@ def boot(
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from coldsnap.accounts import Accounts  # numpy is imported by now
+    from coldsnap.ledger import Ledger
+    from coldsnap.step_model import StepModel
+
     cli = importlib.import_module(_parser_module())
     parser = cli.make_arg_parser(FlexibleArgumentParser())
     parser.set_defaults(use_tqdm_on_load=False)
@@ -151,16 +162,22 @@ def boot(
     # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
     # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
     environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    accounts = Accounts(Ledger(StepModel(*_sizes(config))), _unmetered(config), warn)
+    if accounts.reader is not None:
+        config.scheduler_config.scheduler_cls = step_meter.FACTORY
+        environ[step_meter.VARIABLE] = accounts.reader.path
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
-        llm = _metered_llm().from_vllm_config(
+        llm = _metered_llm(accounts).from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
         raise EngineBootError(arguments.blame(parsed, _first_complaint(error))) from error
     finally:
         gc.enable()
+        if accounts.reader is not None:
+            accounts.reader.opened()
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
@@ -171,19 +188,20 @@ def boot(
         max_model_len=config.model_config.max_model_len,
         weights_digest=digest,
     )
-    return VllmEngine(llm, args, info)
+    return VllmEngine(llm, args, info, accounts)
 
 
 class VllmEngine:
     """The `Engine` of `coldsnap.engine`, on an `AsyncLLM` in this process and its core in a forked child."""
 
-    def __init__(self, llm: Any, args: Any, info: EngineInfo) -> None:
+    def __init__(self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts) -> None:
         from vllm.renderers.params import ChatParams
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self.info = info
         self._llm = llm
         self._args = args
+        self._accounts = accounts
         self._app: asyncio.Future[Any] | None = None
         self._delta = RequestOutputKind.DELTA
         self._sampling_params = SamplingParams
@@ -227,9 +245,19 @@ class VllmEngine:
         """See `Engine.http`. The first call builds the application if `warm_up` has not yet."""
         app = await self._application()
         _METER.set(meter)
-        with _translated():
-            async with asgi.request(app, request) as response:
-                yield response
+        calls: list[Any] = []
+        _CALLS.set(calls)
+        try:
+            with _translated():
+                async with asgi.request(app, request) as response:
+                    yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            # An application that is stopped while it sends drops the engine's generator without closing it: the
+            # request would run on until the garbage collector comes by.
+            for call in calls:
+                if not call.ag_running:
+                    await call.aclose()
+            raise
 
     async def warm_up(self) -> None:
         """See `Engine.warm_up`: one token, over the chat template if the model has one."""
@@ -240,6 +268,10 @@ class VllmEngine:
             request = Generation("warm-up", prompt="a", sampling=sampling)
         async for _ in self.generate(request, Meter()):
             pass
+
+    def usage(self) -> Usage:
+        """See `Engine.usage`."""
+        return self._accounts.usage()
 
     def check(self) -> None:
         """See `Engine.check`."""
@@ -312,33 +344,63 @@ class VllmEngine:
             raise InvalidInput(f"{where}: {message}", param=where) from error
 
 
-def _metered_llm() -> Any:
+def _metered_llm(accounts: Accounts) -> Any:
     """Return `AsyncLLM`, noting every request, native or from its HTTP application, in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    split = EqualSplit()
-
-    async def metered(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
-        mark = split.enter()
-        first = True
+        account = accounts.open(request_id, requests, meter)
+        output, aborted = None, False
         try:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
+                    first = account.first is None
+                    if first:
+                        accounts.first_output(account)
                     _note(meter, output, first=first)
-                    first = False
                     yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            aborted = output is None or not output.finished
+            raise
         finally:
-            meter.gpu_seconds += split.leave(mark)
+            accounts.close(account, aborted=aborted)
 
     class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
-        def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            return metered(super().generate(*args, **kwargs))
+        def generate(
+            self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+        ) -> AsyncGenerator[Any, None]:
+            outputs = super().generate(prompt, sampling_params, request_id, *args, **kwargs)
+            call = metered(outputs, request_id, sampling_params.n)
+            if (calls := _CALLS.get()) is not None:
+                calls.append(call)
+            return call
 
-        def encode(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            return metered(super().encode(*args, **kwargs))
+        def encode(
+            self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
+        ) -> AsyncGenerator[Any, None]:
+            return metered(super().encode(prompt, pooling_params, request_id, *args, **kwargs), request_id, 1)
 
     return MeteredLLM
+
+
+def _unmetered(config: Any) -> str | None:
+    """Return why the steps of this engine cannot be metered, None if they can."""
+    if config.scheduler_config.scheduler_cls is not None:
+        return f"it runs a scheduler of its own, {config.scheduler_config.scheduler_cls}"
+    if config.parallel_config.data_parallel_size > 1:
+        return "it has several cores, whose steps overlap"
+    return None
+
+
+def _sizes(config: Any) -> tuple[float, float]:
+    """Return about how many bytes the weights are and one token's keys and values: where the fit begins."""
+    model, parallel = config.model_config, config.parallel_config
+    layers, element = model.get_num_layers(parallel), model.dtype.itemsize
+    files = Path(model.model).glob("*.safetensors")
+    # Not on this disk: four projections of attention and eight of a gated MLP's, each hidden size squared.
+    weights = sum(file.stat().st_size for file in files) or 12 * layers * model.get_hidden_size() ** 2 * element
+    return weights, 2 * layers * model.get_num_kv_heads(parallel) * model.get_head_size() * element
 
 
 def _note(meter: Meter, output: Any, *, first: bool) -> None:

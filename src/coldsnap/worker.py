@@ -14,6 +14,7 @@ from coldsnap.boot import Booted, boot
 from coldsnap.egress import Egress
 from coldsnap.errors import BootError, ColdsnapError, Draining
 from coldsnap.job import Jobs
+from coldsnap.life import Life
 from coldsnap.records import Sink
 from coldsnap.settings import Settings
 from coldsnap.timeline import Timeline
@@ -64,6 +65,7 @@ class _Worker:
         self.drain_seconds = booted.settings.drain_seconds
         self._booted = booted
         self._sink = Sink(booted.settings.ledger_dir, lambda line: print(line, flush=True))  # noqa: T201
+        self._life = Life(booted, self._sink)
         self._jobs = Jobs(booted.engine, booted.settings, self._sink, self._die)
         self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
@@ -75,6 +77,8 @@ class _Worker:
         import uvloop
         from runpod.serverless.modules import rp_http, rp_scale
 
+        if self._life.price.per_second is None:
+            _say(f"costs in GPU-seconds only: {self._life.price.origin}")
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         complaint = dispatch.differs(runpod.__version__, rp_scale.JobScaler)
         if complaint is None:
@@ -86,7 +90,7 @@ class _Worker:
                 f"runpod {runpod.__version__}: {complaint} (tested: {dispatch.TESTED_SDK}x); "
                 "using the SDK's own loop, in which jobs start up to 0.1 s later"
             )
-            self._sink.write(self._booted.cold_start())
+            self._life.ready()
         concurrency = self.concurrency
         runpod.serverless.start(
             {
@@ -96,6 +100,8 @@ class _Worker:
                 "concurrency_modifier": lambda _: concurrency,
             }
         )
+        self._booted.engine.close()
+        self._life.end()
         if self._dead is not None:
             _say(f"{self._dead.message}; the worker ends")
             return 1
@@ -110,7 +116,7 @@ class _Worker:
         self._booted.timeline.mark("sdk")
         await self._booted.engine.warm_up()
         self._booted.timeline.mark("warm_up")
-        self._sink.write(self._booted.cold_start())
+        self._life.ready()
 
     async def watch(self) -> None:
         """End the worker when the engine's process dies, also while no job would notice."""
@@ -120,6 +126,11 @@ class _Worker:
                 self._booted.engine.check()
             except ColdsnapError as error:
                 self._die(error)
+            self._life.tick()
+
+    def draining(self) -> None:
+        """See `dispatch.Worker`."""
+        self._life.drain()
 
     def stop_jobs(self) -> None:
         """See `dispatch.Worker`."""
@@ -140,6 +151,7 @@ def _run_local(booted: Booted, test_input: str) -> int:
     records: list[str] = []
     sink = Sink(booted.settings.ledger_dir, records.append)
     jobs = Jobs(booted.engine, booted.settings, sink, lambda _: None)
+    life = Life(booted, sink)
     view = local.View(booted)
 
     async def drained(job: dict[str, Any]) -> Any:
@@ -147,8 +159,7 @@ def _run_local(booted: Booted, test_input: str) -> int:
         booted.timeline.mark("sdk")
         await booted.engine.warm_up()
         booted.timeline.mark("warm_up")
-        cold_start = booted.cold_start()
-        sink.write(cold_start)
+        cold_start = life.ready()
         view.begin(job)
         chunks = [view.chunk(chunk) async for chunk in jobs.handle(job)]
         view.end(chunks, cold_start, records)
@@ -160,6 +171,9 @@ def _run_local(booted: Booted, test_input: str) -> int:
         runpod.serverless.start({"handler": drained})
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
+    finally:
+        booted.engine.close()
+        life.end()
     return 0
 
 

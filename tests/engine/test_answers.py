@@ -27,7 +27,7 @@ def assert_stream(chunks: list[dict[str, Any]], answer: str) -> None:
     assert all(chunk.keys() == {"text"} for chunk in texts)
     assert all(chunk["text"] for chunk in texts)
     assert "\ufffd" not in text(chunks)
-    assert last.keys() == {"text", "finish_reason", "usage", "gpu_seconds"}
+    assert last.keys() == {"text", "finish_reason", "usage", "gpu_seconds", "cost"}
     assert (last["text"], last["finish_reason"]) == ("", "stop")
     usage = last["usage"]
     assert usage.keys() == {"prompt_tokens", "cached_tokens", "completion_tokens", "total_tokens"}

@@ -397,7 +397,8 @@ async def asked_of_vllm(server: aiohttp.ClientSession, route: str, body: Body) -
 
 
 def blanked(text: str) -> str:
-    """Blank what differs from request to request: ids and times."""
+    """Blank what differs from request to request, ids and times, and leave out what is ours, the cost."""
+    text = re.sub(r', ?"cost": ?\{[^}]*\}', "", text)
     text = re.sub(r"\b(chatcmpl-tool|chatcmpl|cmpl|resp|msg|rs|call|modelperm)([-_])[0-9a-f]{6,}", r"\1\2*", text)
     return re.sub(r'("(?:created|created_at|completed_at)": ?)[0-9.]+', r"\g<1>0", text)
 

@@ -477,14 +477,14 @@ class TestNative:
         assert texts == [(0.0, {"text": "Cold "}), (0.02, {"text": "snap"}), (1.01, {"text": "."})]
         assert end == 1.01
         assert isinstance(last, dict)
-        assert last.pop("gpu_seconds") >= 0
+        assert last.pop("cost")["gpu_seconds"] == last.pop("gpu_seconds") >= 0
         assert last == {"text": "", "finish_reason": "stop", "usage": usage(3, 4)}
 
     async def test_without_stream_there_is_one_dict(self, tmp_path: Path) -> None:
         script = [Delta("日"), 0.1, Delta("本"), 0.1, Delta("", finish_reason="length")]
         (chunk,) = await Worker(FakeEngine(script), tmp_path).run({"messages": [USER]})
         assert isinstance(chunk, dict)
-        assert chunk.pop("gpu_seconds") >= 0
+        assert chunk.pop("cost")["gpu_seconds"] == chunk.pop("gpu_seconds") >= 0
         assert chunk == {"text": "日本", "finish_reason": "length", "usage": usage(1, 3)}
 
     async def test_the_engine_gets_what_was_asked(self, tmp_path: Path) -> None:
@@ -569,6 +569,24 @@ class TestHttp:
         chunks = await worker.timed(CHAT_STREAM)
         assert chunks == [(0.5, 'data: "日"\n\n'), (1.0, "data: 2\n\n"), (1.001, "data: [DONE]\n\n")]
         assert worker.records[-1]["stream"] is True
+
+    async def test_the_cost_stands_beside_usage_and_can_be_left_out(self, tmp_path: Path) -> None:
+        answer = Answer((b'{"usage":{"total_tokens":3}}',))
+        for environ, fields in (({}, ["usage", "cost"]), ({"COST_IN_RESPONSE": "false"}, ["usage"])):
+            worker = Worker(FakeEngine(answers={"/v1/chat/completions": answer}), tmp_path, **environ)
+            (body,) = await worker.run(CHAT)
+            assert list(body) == fields
+            native = Worker(FakeEngine([Delta("x", finish_reason="stop")]), tmp_path, **environ)
+            (last,) = await native.run({"prompt": "a"})
+            assert ("cost" in last) == ("cost" in fields)
+            assert "gpu_seconds" in last
+
+    async def test_a_streams_last_chunk_has_the_cost(self, tmp_path: Path) -> None:
+        chunk = b'data: {"choices":[{"finish_reason":"stop"}]}\n\n'
+        worker = self.worker(tmp_path, chunk, b"data: [DONE]\n\n", content_type="text/event-stream")
+        text = "".join(map(str, await worker.run(CHAT_STREAM)))
+        assert text.startswith('data: {"choices":[{"finish_reason":"stop"}],"cost":{"gpu_seconds":')
+        assert text.endswith("}}\n\ndata: [DONE]\n\n")
 
     async def test_an_empty_answer_says_its_status(self, tmp_path: Path) -> None:
         worker = Worker(FakeEngine(answers={"/health": Answer((), content_type="")}), tmp_path)

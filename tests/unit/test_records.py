@@ -39,6 +39,12 @@ REQUEST: dict[str, Any] = WORKER | {
     "duration_seconds": 0.5,
     "finish_reason": "stop",
     "gpu_seconds": 0.25,
+    "prefill_gpu_seconds": 0.05,
+    "decode_gpu_seconds": 0.2,
+    "usd": 0.0002,
+    "price_per_second": 0.0008,
+    "estimated": False,
+    "fit": None,
 }
 TEXT_FIELDS = {"prompt", "messages", "text", "output", "input", "body", "content"}
 
@@ -63,7 +69,9 @@ def test_a_record_is_one_line_of_json_in_both_places(tmp_path: Path) -> None:
 
 def test_a_request_record_says_everything_it_was_given() -> None:
     record = Request(**REQUEST).model_dump(mode="json")
-    said_by_itself = {"record": "request", "schema_version": 1, "error": None, "time": record["time"]}
+    said_by_itself = {"record": "request", "schema_version": 1, "error": None} | {
+        name: record[name] for name in ("time", "monotonic")
+    }
     assert record == REQUEST | said_by_itself
     assert datetime.fromisoformat(record["time"]).tzinfo is not None
     assert abs((datetime.now(UTC) - datetime.fromisoformat(record["time"])).total_seconds()) < 60

@@ -57,7 +57,9 @@ def test_a_border_that_moves_into_another_module_is_noticed() -> None:
 
 
 def test_no_module_is_slow_to_import() -> None:
-    names = [f"coldsnap.{name.replace('/', '.')}" for name in OURS if not name.endswith("__init__")]
+    after_vllm = {"accounts", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
+    ours = OURS.keys() - after_vllm
+    names = [f"coldsnap.{name.replace('/', '.')}" for name in ours if not name.endswith("__init__")]
     slow = ("vllm", "torch", "transformers", "runpod", "fastapi", "rich", "numpy", "uvloop")
     code = (
         f"import sys, importlib; [importlib.import_module(name) for name in {names}];"
@@ -82,7 +84,8 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
-    assert found == {"worker"}  # which hands os.environ to Settings.read and to the boot
+    # worker hands os.environ to Settings.read and to the boot; step_meter runs in a process that vLLM starts
+    assert found == {"worker", "step_meter"}
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

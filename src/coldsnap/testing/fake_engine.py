@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, M
 from dataclasses import dataclass
 from typing import TypeVar
 
-from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import EngineDead
 
 _Given = TypeVar("_Given")
@@ -71,6 +71,10 @@ class FakeEngine:
 
     async def warm_up(self) -> None:
         """Do nothing: the fake is always warm."""
+
+    def usage(self) -> Usage:
+        """Return that nothing was metered: the fake has no steps."""
+        return Usage()
 
     def check(self) -> None:
         """Raise `EngineDead` once `dead` is set."""

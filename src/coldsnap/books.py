@@ -1,0 +1,60 @@
+"""A worker's seconds under five headings, which add up to its life. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coldsnap.engine import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """A worker's life so far, in seconds: `total` is the sum of the other five."""
+
+    total: float
+    cold: float
+    busy: float
+    overhead: float
+    idle: float
+    drain: float
+    causes: Mapping[str, float]
+    """The overhead by cause."""
+
+    @property
+    def billed(self) -> int:
+        """The platform rounds a worker's life up to the second."""
+        return math.ceil(self.total)
+
+
+class Books:
+    """Puts each second of a worker under one heading. Times are seconds of the monotonic clock.
+
+    Up to `ready` is cold start, whatever ran. Afterwards a second is busy or overhead if the engine ran in
+    it, else idle, or drain once `drain` was called.
+    """
+
+    def __init__(self, started: float, ready: float, usage: Usage) -> None:
+        self._started = started
+        self._ready = ready
+        self._at_ready = usage
+        self._draining: tuple[float, Usage] | None = None
+
+    def drain(self, now: float, usage: Usage) -> None:
+        """Begin the drain; only the first call counts."""
+        self._draining = self._draining or (now, usage)
+
+    def totals(self, now: float, usage: Usage) -> Totals:
+        """Close the books at `now`."""
+        before = self._at_ready
+        total, cold = now - self._started, self._ready - self._started
+        busy = usage.busy - before.busy
+        causes = {cause: each - before.overhead.get(cause, 0.0) for cause, each in usage.overhead.items()}
+        overhead = sum(causes.values())
+        drain = 0.0
+        if self._draining is not None:
+            since, at_drain = self._draining
+            drain = max(0.0, now - since - (usage.spent - at_drain.spent))
+        idle = total - cold - busy - overhead - drain
+        return Totals(total, cold, busy, overhead, idle, drain, causes)

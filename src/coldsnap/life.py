@@ -1,0 +1,93 @@
+"""A worker's life as it is billed: its books from the kernel's start of the process to the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from coldsnap import prices, timeline
+from coldsnap.books import Books
+from coldsnap.boot import Booted
+from coldsnap.records import ColdStart, Sink, Worker, origin
+
+_EVERY_SECONDS = 10.0
+_IDLE_SECONDS = 60.0
+"""How often the running totals are written while requests run, and while none do."""
+
+
+class Life:
+    """Writes the cold start when the worker is ready, then its running totals, and the last at the end."""
+
+    def __init__(self, booted: Booted, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+        self._booted = booted
+        self._sink = sink
+        self.price = prices.of(booted.engine.info.gpu, booted.settings.gpu_price_per_second)
+        self._clock = clock
+        self._started = clock() - timeline.process_age()
+        self._books: Books | None = None
+        self._written = 0.0
+        self._steps = 0
+
+    def ready(self) -> ColdStart:
+        """Write the cold start and open the books: what has run so far was part of it."""
+        record = self._booted.cold_start()
+        self._sink.write(record)
+        self._written = self._clock()
+        ready = self._started + self._booted.timeline.total
+        self._books = Books(self._started, ready, self._booted.engine.usage())
+        return record
+
+    def drain(self) -> None:
+        """Count what is neither run nor idle from now on as drain."""
+        if self._books is not None:
+            self._books.drain(self._clock(), self._booted.engine.usage())
+
+    def tick(self) -> None:
+        """Write the running totals if it is time to."""
+        now = self._clock()
+        if self._books is None or now - self._written < _EVERY_SECONDS:
+            return
+        if self._booted.engine.usage().steps != self._steps or now - self._written >= _IDLE_SECONDS:
+            self._write(self._books, now, final=False)
+
+    def end(self) -> None:
+        """Write the last totals."""
+        if self._books is not None:
+            self._write(self._books, self._clock(), final=True)
+
+    def _write(self, books: Books, now: float, *, final: bool) -> None:
+        engine, settings = self._booted.engine, self._booted.settings
+        usage = engine.usage()
+        totals = books.totals(now, usage)
+        gpus = engine.info.gpu_count
+        self._written, self._steps = now, usage.steps
+
+        def gpu_seconds(seconds: float) -> float:
+            return round(seconds * gpus, 6)
+
+        self._sink.write(
+            Worker(
+                **origin(settings, engine.info),
+                final=final,
+                gpu_seconds=gpu_seconds(totals.total),
+                cold_gpu_seconds=gpu_seconds(totals.cold),
+                busy_gpu_seconds=gpu_seconds(totals.busy),
+                overhead_gpu_seconds=gpu_seconds(totals.overhead),
+                idle_gpu_seconds=gpu_seconds(totals.idle),
+                drain_gpu_seconds=gpu_seconds(totals.drain),
+                overhead_causes={cause: gpu_seconds(each) for cause, each in totals.causes.items()},
+                billed_seconds=totals.billed,
+                usd=self.price.usd(totals.billed * gpus),
+                price_per_second=self.price.per_second,
+                requests=self._sink.tally.requests,
+                prompt_tokens=self._sink.tally.prompt_tokens,
+                cached_tokens=self._sink.tally.cached_tokens,
+                completion_tokens=self._sink.tally.completion_tokens,
+                steps=usage.steps,
+                lost_steps=usage.lost_steps,
+                metering_seconds=round(usage.metering, 6),
+                estimated=usage.estimated is not None,
+                estimated_because=usage.estimated,
+                fit=usage.fit,
+            )
+        )

@@ -1,0 +1,91 @@
+"""A worker's running totals: when they are written, and that they add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from coldsnap.boot import Booted
+from coldsnap.engine import EngineInfo, Usage
+from coldsnap.life import Life
+from coldsnap.records import Sink
+from coldsnap.settings import Settings
+from coldsnap.testing.fake_engine import FakeEngine
+from coldsnap.timeline import Timeline
+
+INFO = EngineInfo("0.32.0", "NVIDIA H200", 2, ("demo",), 512)
+PARTS = ("cold", "busy", "overhead", "idle", "drain")
+
+
+class Bench(FakeEngine):
+    """A life of which a test moves the clock and the engine's usage."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(info=INFO)
+        self.now = 100.0
+        self.spent = Usage(busy=0.5, steps=1)
+        self.lines: list[str] = []
+        timeline = Timeline(lambda: 8.0)
+        timeline.mark("engine")
+        booted = Booted(self, Settings.read({}), timeline, None)
+        self.life = Life(booted, Sink(folder, self.lines.append), clock=lambda: self.now)
+
+    def usage(self) -> Usage:
+        return self.spent
+
+    def after(self, seconds: float, **spent: Any) -> None:
+        self.now += seconds
+        if spent:
+            self.spent = Usage(**spent)
+        self.life.tick()
+
+    @property
+    def written(self) -> list[dict[str, Any]]:
+        return [record for record in map(orjson.loads, self.lines) if record["record"] == "worker"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr("coldsnap.timeline.process_age", lambda: 8.0)
+    return Bench(tmp_path)
+
+
+def test_the_cold_start_comes_first_and_nothing_before_ready(bench: Bench) -> None:
+    bench.life.tick()
+    bench.life.drain()
+    bench.life.end()
+    assert bench.lines == []
+    assert bench.life.ready().seconds == 8.0
+    assert [orjson.loads(line)["record"] for line in bench.lines] == ["cold_start"]
+
+
+def test_totals_are_written_every_ten_seconds_of_work_and_every_minute_without(bench: Bench) -> None:
+    bench.life.ready()
+    bench.after(9.0, busy=1.0, steps=5)
+    assert bench.written == []
+    bench.after(1.0)
+    assert len(bench.written) == 1
+    bench.after(59.0)
+    assert len(bench.written) == 1
+    bench.after(1.0)
+    assert len(bench.written) == 2
+    bench.life.end()
+    assert [record["final"] for record in bench.written] == [False, False, True]
+
+
+def test_the_parts_add_up_times_the_gpus(bench: Bench) -> None:
+    bench.life.ready()
+    bench.after(10.0, busy=3.5, overhead={"empty": 0.5, "lost": 0.25}, steps=40, lost_steps=2)
+    bench.life.drain()
+    bench.now += 2.3
+    bench.life.end()
+    record = bench.written[-1]
+    assert [record[f"{part}_gpu_seconds"] for part in PARTS] == pytest.approx([16.0, 6.0, 1.5, 12.5, 4.6])
+    assert record["gpu_seconds"] == pytest.approx(40.6)
+    assert record["billed_seconds"] == 21
+    assert record["usd"] == pytest.approx(21 * 2 * 0.00155)
+    assert record["overhead_causes"] == {"empty": 1.0, "lost": 0.5}
+    assert (record["steps"], record["lost_steps"], record["estimated"]) == (40, 2, False)
