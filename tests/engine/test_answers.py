@@ -12,7 +12,7 @@ import pytest
 
 from coldsnap.testing import ControlPlane
 
-from .worker import CONTEXT, CORPUS, EMOJI_ONLY, SNAPSHOT, Worker, markup, text, user
+from .worker import CONTEXT, CORPUS, EMOJI_ONLY, SNAPSHOT, STEADY, Worker, markup, text, user
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -61,14 +61,15 @@ async def test_a_job_streams_only_when_asked_to(plane: ControlPlane) -> None:
 
 
 async def test_the_first_token_leaves_at_once_and_the_rest_at_most_every_20_ms(worker: Worker) -> None:
-    job = worker.ask("How does continuous batching work?")
+    job = worker.ask("hi", sampling_params=STEADY | {"max_tokens": 1500})
     chunks = await job.result(20)
-    assert 0 < len(chunks[0]["text"]) < 20
-    assert 5 < len(chunks) < chunks[-1]["usage"]["completion_tokens"] / 2
+    assert 0 < len(chunks[0]["text"]) < 50  # a character a token
+    assert 5 < len(chunks) < 500
+    assert len(text(chunks)) == 1500
     *paced, _, _ = job.timestamps.chunks  # what is left at the end, and the last chunk, do not wait
     pauses = [later - earlier for earlier, later in itertools.pairwise(paced)]
-    assert min(pauses) > 0.01  # the worker waits 20 ms from when the POST before was answered
-    assert sum(pauses) / len(pauses) >= 0.019
+    assert min(pauses) > 0.015  # the worker waits 20 ms from when the POST before was answered
+    assert sum(pauses) / len(pauses) > 0.02
 
 
 async def test_a_raw_prompt_is_continued_without_the_chat_template(plane: ControlPlane) -> None:

@@ -201,7 +201,7 @@ OPENAI: dict[str, tuple[object, int, str, str]] = {
         f"{CONTEXT} tokens",
     ),
     "a prompt of 10 MB in tokens": (
-        {"openai_route": "/v1/completions", "openai_input": {"prompt": [5] * 5_000_000}},
+        {"openai_route": "/v1/completions", "openai_input": {"prompt": [1000] * 1_600_000}},
         400,
         "BadRequestError",
         f"{CONTEXT} tokens",
@@ -303,9 +303,9 @@ async def test_bad_jobs_among_good_ones_disturb_none(worker: Worker) -> None:
     bad = [given for given, _ in NATIVE.values() if given is not NO_INPUT and len(repr(given)) < 10_000]
     good = {question: worker.ask(question) for question in CORPUS}
     failing = [worker.plane.submit(job_input) for job_input in bad]
-    for job in failing:
+    for failed in failing:
         with pytest.raises(JobFailed):
-            await job.result(30)
+            await failed.result(30)
     for question, job in good.items():
         assert text(await job.result(30)) == CORPUS[question]
 

@@ -26,12 +26,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-async def assert_engine_is_idle(worker: Worker) -> None:
+async def assert_engine_falls_idle(worker: Worker) -> None:
     """A request that went on unseen would keep the core busy."""
-    await asyncio.sleep(0.1)  # steps under way
-    before = worker.core_cpu_seconds()
-    await asyncio.sleep(0.4)
-    assert worker.core_cpu_seconds() - before < 0.06
+    begun, used = time.monotonic(), 1.0
+    while used > 0.03:
+        assert took(begun) < 1
+        before = worker.core_cpu_seconds()
+        await asyncio.sleep(0.2)
+        used = worker.core_cpu_seconds() - before
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -43,16 +45,17 @@ async def test_a_cancelled_job_is_aborted_in_the_engine_within_a_second(worker: 
     assert worker.core_cpu_seconds() > before  # it does run
     assert worker.plane.cancel(job.id)
     record = await worker.record(job, within=1.0)
+    posts = job.posts
     assert record["error"] == "cancelled"
     assert record["finish_reason"] is None
     # vLLM's application tells the tokens of an answer that is not streamed only at its end.
     unseen = shape in {"OpenAI", "generic"}
     assert (0 if unseen else 1) <= record["completion_tokens"] < 0.75 * LONG
     assert record["gpu_seconds"] > 0
-    await assert_engine_is_idle(worker)
+    await assert_engine_falls_idle(worker)
     with pytest.raises(JobCancelled):
         await job.result(1)
-    assert job.late_posts <= 1  # what was under way
+    assert job.posts == posts
 
 
 async def test_a_cancel_reaches_a_job_whose_post_hangs(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +69,7 @@ async def test_a_cancel_reaches_a_job_whose_post_hangs(worker: Worker, monkeypat
         record = await worker.record(job, within=1.0)
         assert record["error"] == "cancelled"
         assert 0 < record["completion_tokens"] < 0.75 * LONG
-        await assert_engine_is_idle(worker)
+        await assert_engine_falls_idle(worker)
 
 
 async def test_a_hanging_post_holds_up_neither_the_engine_nor_other_jobs(
