@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -137,9 +138,8 @@ class _EventDriven:
             task.exception()  # handle_job has logged it
 
     async def _drain(self, take: asyncio.Task[None]) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.worker.drain_seconds
-        while self._running and (left := deadline - loop.time()) > 0:
+        deadline = time.monotonic() + self.worker.drain_seconds  # a loop's own clock may lag behind, under load
+        while self._running and (left := deadline - time.monotonic()) > 0:
             await asyncio.wait(self._running, timeout=left)
         take.cancel()
         await asyncio.wait([take])

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest
 from coldsnap.errors import ColdsnapError, Draining, EngineDead, InvalidInput, ModelNotFound, RouteRefused
-from coldsnap.job import Chunk, Http, Jobs, Native, _join, _whole_events, parse
+from coldsnap.job import Chunk, Jobs, _join, _whole_events
 from coldsnap.records import Sink
+from coldsnap.request import Http, Native, parse
 from coldsnap.settings import Settings
 from coldsnap.testing.fake_engine import Answer, FakeEngine
 
