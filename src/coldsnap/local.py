@@ -112,6 +112,11 @@ class View:
         for record in records:
             self._line(record)
 
+    def last(self, records: list[str]) -> None:
+        """Print the record that comes when the engine has been stopped, if the worker had been ready."""
+        for record in records[-1:]:
+            self._line(record)
+
     def _title(self, text: str) -> None:
         self._line(f"\n── {text} " + "─" * max(3, 76 - len(text)))
 

@@ -174,6 +174,7 @@ def _run_local(booted: Booted, test_input: str) -> int:
     finally:
         booted.engine.close()
         life.end()
+        view.last(records)
     return 0
 
 

@@ -35,9 +35,10 @@ async def test_the_command_of_make_demo_prints_what_the_readme_shows_from_any_fo
     assert list(map(shape, printed.strip().splitlines())) == list(map(shape, shown.strip().splitlines()))
     assert "Traceback" not in ended.stdout + ended.stderr
     ledger = (tmp_path / "ledger" / "ledger.jsonl").read_text("utf-8").splitlines()
-    assert ended.stdout.rstrip().splitlines()[-2:] == ledger[:2]
-    cold_start, request, life = map(json.loads, ledger)
-    assert [record["record"] for record in (cold_start, request, life)] == ["cold_start", "request", "worker"]
+    assert ended.stdout.rstrip().splitlines()[-3:] == ledger
+    cold_start, request, worker = map(json.loads, ledger)
+    assert (cold_start["record"], request["record"], worker["record"]) == ("cold_start", "request", "worker")
+    assert worker["busy_gpu_seconds"] == pytest.approx(request["gpu_seconds"], abs=1e-5)
     assert sum(cold_start["phases"].values()) == pytest.approx(cold_start["seconds"], abs=0.001)
     assert request["finish_reason"] == "stop"
 
