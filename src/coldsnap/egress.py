@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from coldsnap.errors import JobError
 from coldsnap.job import Chunk
 
 _FIRST_WAIT = 0.05
@@ -61,7 +62,10 @@ class Egress:
                     await self._post(session, stream, job["id"], {"output": chunk})
         except Undelivered as error:
             self._log(f"a chunk was not delivered: {error}", job["id"])
-            result = {"error": orjson.dumps(_body(f"a chunk could not be delivered: {error}")).decode()}
+            result = _failed(f"a chunk could not be delivered: {error}")
+        except Exception as error:  # noqa: BLE001 -- whatever it was, a job without a result never ends
+            self._log(f"{type(error).__name__}: {error}", job["id"])
+            result = _failed(f"{type(error).__name__}: {error}")
         done = self._done_url.replace("$ID", job["id"]) + "&isStream=true"
         try:
             await self._post(session, done, job["id"], result)
@@ -92,5 +96,5 @@ class Egress:
             wait = min(2 * wait, _LONGEST_WAIT)
 
 
-def _body(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "internal_server_error", "param": None, "code": 500}}
+def _failed(message: str) -> dict[str, Any]:
+    return {"error": orjson.dumps(JobError(message).body()).decode()}

@@ -212,6 +212,12 @@ async def test_generic_jobs_tokenize_and_detokenize(plane: ControlPlane) -> None
         assert await plane.submit(job).result(10) == [{"prompt": text}]
 
 
+async def test_an_answer_larger_than_a_chunk_of_the_platform_arrives_in_the_result(plane: ControlPlane) -> None:
+    body = {"tokens": STEADY["allowed_token_ids"] * 1_100_000}
+    (answer,) = await plane.submit({"route": "/detokenize", "body": body}).result(20)
+    assert len(answer["prompt"]) == 1_100_000
+
+
 async def test_generic_jobs_reach_the_routes_that_serve_the_model(plane: ControlPlane) -> None:
     body = {"messages": [user(QUESTION)]}
     (chat,) = await plane.submit({"route": "/v1/chat/completions", "method": "POST", "body": body}).result(10)
