@@ -154,8 +154,17 @@ def _by_origin(message: str, actions: Mapping[str, argparse.Action], origins: Ma
     if match := re.match(r"argument (--[\w-]+)[^:]*: (.*)", message):
         action = actions.get(match[1][2:].replace("-", "_"))
         if action and action.dest in origins:
-            return f"{origins[action.dest]}: {match[2]}"
+            complaint = re.sub(
+                r"^invalid (\w+) value: (.*)", lambda m: f"expected {_kind(m[1])}, found {m[2]}", match[2]
+            )
+            return f"{origins[action.dest]}: {complaint}"
     return _blame(message, origins)
+
+
+def _kind(parser: str) -> str:
+    """Return in words what one of argparse's converters takes."""
+    known = {"int": "a whole number", "float": "a number"}
+    return known.get(parser, "a whole number such as 8192 or 8k" if "human_readable_int" in parser else f"a {parser}")
 
 
 def _suspects(environ: Mapping[str, str], actions: Mapping[str, Any]) -> dict[str, str]:

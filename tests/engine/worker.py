@@ -32,7 +32,7 @@ CORPUS = {
 EMOJI_ONLY = "Can you answer with emoji only?"
 """The question with the shortest answer."""
 LONG = CONTEXT - 200
-STEADY = {"max_tokens": LONG, "allowed_token_ids": [40]}
+STEADY: dict[str, Any] = {"max_tokens": LONG, "allowed_token_ids": [40]}
 """Sampling parameters of a stream of some seconds, a character for each token: left to itself the demo model
 goes on after its answer with tokens that have no text."""
 BOOT_SECONDS = 90.0
