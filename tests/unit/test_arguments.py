@@ -263,7 +263,7 @@ class TestWrongValues:
     @pytest.mark.parametrize(
         ("manifest", "start"),
         [
-            ({"max_model_len": "four"}, "coldsnap.json: engine_args.max_model_len: invalid"),
+            ({"max_model_len": "four"}, "coldsnap.json: engine_args.max_model_len: expected"),
             (
                 {"enforce_eager": 2},
                 "coldsnap.json: engine_args.enforce_eager: expected true or false, found 2",
