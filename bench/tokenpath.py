@@ -244,7 +244,7 @@ async def rounds(contenders: list[Contender], count: int, levels: list[int]) -> 
     for number in range(count):
         for level in levels:
             for contender in contenders:
-                jobs = max(8, 2 * level)
+                jobs = max(16, 4 * level)
                 sample = await contender.measured(level, jobs)
                 samples.setdefault((contender.name, level), []).append(sample)
                 print(
