@@ -165,9 +165,13 @@ async def line(process: asyncio.subprocess.Process) -> bytes:
 
 
 async def start(command: list[str], env: dict[str, str], log: Path, **kwargs: Any) -> asyncio.subprocess.Process:
-    """Start a process with its stderr in `log`."""
+    """Start a process with its stderr in `log`, in a process group of its own.
+
+    Not in a session of its own: Linux shares processors out by session (sched_autogroup), and the engine's would
+    starve the client's.
+    """
     with log.open("wb") as file:
-        return await asyncio.create_subprocess_exec(*command, env=env, stderr=file, start_new_session=True, **kwargs)
+        return await asyncio.create_subprocess_exec(*command, env=env, stderr=file, process_group=0, **kwargs)
 
 
 def peer_command(checkout: Path, scratch: Path) -> list[str]:

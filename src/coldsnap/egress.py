@@ -25,6 +25,8 @@ _GIVE_UP_SECONDS = 60.0
 """For how long one chunk is offered again to a platform that fails or throttles."""
 _HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
 """The SDK's, whatever the body: the platform is known to read JSON under them."""
+_CHUNK_BYTES = 1_000_000
+"""The platform takes a streamed chunk of at most 1 MB, and a result of 10 or 20."""
 _TOO_MANY = 429
 _TIMEOUT = aiohttp.ClientTimeout(total=30.0)
 
@@ -59,7 +61,8 @@ class Egress:
                         result = {"error": chunk["error"]}
                         break
                     result["output"].append(chunk)
-                    await self._post(session, stream, job["id"], {"output": chunk})
+                    # An answer that is not streamed may be larger than a chunk: then only the result carries it.
+                    await self._post(session, stream, job["id"], {"output": chunk}, optional=not isinstance(chunk, str))
         except Undelivered as error:
             self._log(f"a chunk was not delivered: {error}", job["id"])
             result = _failed(f"a chunk could not be delivered: {error}")
@@ -72,11 +75,21 @@ class Egress:
         except Undelivered as error:
             self._log(f"the result was not delivered: {error}", job["id"])
 
-    async def _post(self, session: aiohttp.ClientSession, url: str, job_id: str, content: dict[str, Any]) -> None:
+    async def _post(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        job_id: str,
+        content: dict[str, Any],
+        *,
+        optional: bool = False,
+    ) -> None:
         try:
             body = orjson.dumps(content)
         except orjson.JSONEncodeError as error:
             raise Undelivered(f"not JSON: {error}") from error
+        if optional and len(body) > _CHUNK_BYTES:
+            return
         headers = {**_HEADERS, "X-Request-ID": job_id}
         deadline, wait = time.monotonic() + _GIVE_UP_SECONDS, _FIRST_WAIT
         while True:
