@@ -171,7 +171,7 @@ async def start(command: list[str], env: dict[str, str], log: Path, **kwargs: An
     starve the client's.
     """
     with log.open("wb") as file:
-        return await asyncio.create_subprocess_exec(*command, env=env, stderr=file, process_group=0, **kwargs)
+        return await asyncio.create_subprocess_exec(*command, env=env, stderr=file, preexec_fn=os.setpgrp, **kwargs)
 
 
 def peer_command(checkout: Path, scratch: Path) -> list[str]:
