@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,15 @@ def processes(root: int) -> dict[str, float]:
     return used
 
 
-class Contender:
+class Contender(ABC):
     """Something that runs jobs. `run` returns one sample."""
 
     name: str
     pid: int
 
+    @abstractmethod
     async def run(self, streams: int, jobs: int) -> Sample:
-        raise NotImplementedError
+        """Run `jobs` jobs, `streams` at a time."""
 
     async def measured(self, streams: int, jobs: int) -> Sample:
         """Run, and add the CPU that this contender's processes and this one took meanwhile."""

@@ -119,7 +119,9 @@ def test_a_path_that_is_nearly_one_is_not_known(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/responses/resp_0a-9", "/v1/responses/resp_1/cancel"])
 def test_a_response_is_addressed_by_its_id(path: str) -> None:
-    routes.check(path, "POST" if path.endswith("cancel") else "GET")
+    method = "POST" if path.endswith("cancel") else "GET"
+    routes.check(path, method)  # raises what it refuses
+    assert routes.method(path) == method
 
 
 @pytest.mark.parametrize("path", ["/" + "x" * 10_000_000, "/sleep/" + "x" * 10_000_000])

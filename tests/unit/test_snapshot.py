@@ -84,7 +84,9 @@ def flip(path: Path, position: int) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "size"])
 def test_a_snapshot_as_it_was_baked_is_accepted(folder: Path, mode: Any) -> None:
-    verify(folder, load_manifest(folder), mode)
+    manifest = load_manifest(folder)
+    verify(folder, manifest, mode)  # raises what it finds
+    assert manifest.files.keys() == FILES.keys()
 
 
 def test_the_manifest_says_what_was_baked(folder: Path) -> None:
@@ -162,6 +164,7 @@ class TestFiles:
             if content:
                 flip(folder / name, 0)
         verify(folder, load_manifest(folder), "size")
+        assert "expected BLAKE3" in complaint(folder)
 
     def test_two_files_in_each_others_place_are_found(self, folder: Path) -> None:
         edit(
@@ -214,10 +217,13 @@ class TestLinks:
 
     def test_a_hub_cache_of_links_is_accepted(self, hub: Path) -> None:
         verify(hub, load_manifest(hub))
+        assert all((hub / name).is_symlink() for name in FILES)
 
     def test_so_is_a_link_to_the_folder(self, hub: Path, tmp_path: Path) -> None:
         (tmp_path / "current").symlink_to(hub)
-        verify(tmp_path / "current", load_manifest(tmp_path / "current"))
+        manifest = load_manifest(tmp_path / "current")
+        verify(tmp_path / "current", manifest)
+        assert manifest.digest == load_manifest(hub).digest
 
     def test_an_altered_blob_is_found_behind_its_link(self, hub: Path) -> None:
         flip(hub / "model-00001-of-00002.safetensors", 7)
