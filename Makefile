@@ -44,7 +44,8 @@ lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
 	@$(compile) requirements/installer.in -o requirements/installer.lock
 	@$(compile) $(override).txt $(override)-cpu.txt requirements/cpu.in -o requirements/cpu.lock
 	@$(compile) $(override).txt requirements/gpu.in -o requirements/gpu.lock
-	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/dev.in -o requirements/dev.lock
+	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/tools.in -o requirements/tools.lock
+	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock -c requirements/tools.lock requirements/dev.in -o requirements/dev.lock
 	@$(compile) $(override)-cpu.txt requirements/bake.in requirements/torch-cpu.in -o requirements/bake.lock
 
 clean: ## remove the environments, tools and caches (not the ledger)

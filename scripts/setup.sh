@@ -12,8 +12,8 @@ die() { echo "coldsnap: $*" >&2; exit 1; }
 device=cpu
 if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then device=gpu; fi
 case ${1:-demo} in
-    demo) env=.venv locks=("requirements/$device.lock") ;;
-    test) env=.venv locks=("requirements/$device.lock" requirements/dev.lock) ;;
+    demo) env=.venv locks=("requirements/$device.lock" requirements/tools.lock) ;;
+    test) env=.venv locks=("requirements/$device.lock" requirements/tools.lock requirements/dev.lock) ;;
     bake) env=.venv-bake locks=(requirements/bake.lock) device=cpu ;; # quantising needs no GPU
     *) die "usage: scripts/setup.sh demo|test|bake" ;;
 esac
@@ -73,6 +73,12 @@ if [ $device = cpu ]; then
 fi
 install "${locks[@]/#/--requirements=}" ||
     die "could not install the packages (uv's message is above); run the same command again: what was fetched is kept"
+
+# The `coldsnap` command: this clone itself, nothing is copied. Its build backend, setuptools, is in the lock.
+if [ $env = .venv ]; then
+    scripts/uv.sh pip install --quiet --python $env --no-deps --no-build-isolation --editable . ||
+        die "could not install the coldsnap command (uv's message is above)"
+fi
 
 $env/bin/python -m compileall -q src builder handler.py >/dev/null || true # a syntax error is for the checks to tell
 echo "$wanted" >$stamp

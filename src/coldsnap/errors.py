@@ -48,6 +48,14 @@ class EngineBootError(BootError):
     """vLLM refused the model or its arguments."""
 
 
+class S3Error(ColdsnapError):
+    """A bucket could not be read or written; the message names the object. `missing` if there is no such object."""
+
+    def __init__(self, message: str, *, param: str | None = None, missing: bool = False) -> None:
+        super().__init__(message, param=param)
+        self.missing = missing
+
+
 class JobError(ColdsnapError):
     """One job failed; nothing else did."""
 

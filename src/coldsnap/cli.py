@@ -1,0 +1,41 @@
+"""The `coldsnap` command: what is done at a desk, not in a worker.
+
+A command is a module with `configure(parser)`, which adds its arguments, and `run(arguments)`, which returns
+the exit code. Only the module of the command that was asked for is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from coldsnap.errors import ColdsnapError
+
+COMMANDS: Mapping[str, tuple[str, str]] = {}
+"""Name -> module, and what it does in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code: 0, 1 after an error (one line on stderr), 2 for wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if given[:1] == [name]:
+            imported = importlib.import_module(module)
+            imported.configure(command)
+            command.set_defaults(run=imported.run)
+    options = parser.parse_args(given)
+    try:
+        return int(options.run(options))
+    except ColdsnapError as error:
+        print(f"coldsnap: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has read enough
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,62 @@
+"""Buckets, against a server that speaks S3."""
+
+from __future__ import annotations
+
+import pytest
+
+from coldsnap.errors import S3Error, SettingsError
+from coldsnap.s3 import Bucket, Object, Place
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("s3://ledgers", Place("ledgers", "")),
+        ("s3://ledgers/", Place("ledgers", "")),
+        ("s3://my.bucket-1/a/b", Place("my.bucket-1", "a/b/")),
+        ("s3://my.bucket-1/a/b/", Place("my.bucket-1", "a/b/")),
+    ],
+)
+def test_a_uri_names_a_bucket_and_a_folder_in_it(uri: str, place: Place) -> None:
+    assert Place.parse(uri, "LEDGER_S3_URI") == place
+    assert Place.parse(str(place), "LEDGER_S3_URI") == place
+
+
+@pytest.mark.parametrize("uri", ["", "s3://", "s3:///a", "s3://A/b", "s3://ab", "https://x/y", "/a/b", "s3://a_b/c"])
+def test_a_uri_without_a_bucket_is_refused_by_the_name_of_its_setting(uri: str) -> None:
+    with pytest.raises(SettingsError, match=r"LEDGER_S3_URI: expected s3://bucket/prefix"):
+        Place.parse(uri, "LEDGER_S3_URI")
+
+
+def test_what_was_put_is_found_listed_and_returned(s3_place: Place) -> None:
+    bucket = Bucket(s3_place)
+    assert bucket.find("a/1") is None
+    for name in ("a/1", "a/2", "b"):
+        bucket.put(name, name.encode() * 1000)
+    assert bucket.find("a/1") == Object("a/1", 3000)
+    assert list(bucket.objects("a/")) == [Object("a/1", 3000), Object("a/2", 3000)]
+    assert [found.name for found in bucket.objects()] == ["a/1", "a/2", "b"]
+    assert bucket.get("b") == b"b" * 1000
+    assert next(found.name for found in Bucket(Place(s3_place.bucket, "")).objects()) == "some/where/a/1"
+
+
+def test_a_missing_object_is_told_from_a_missing_bucket(s3_place: Place) -> None:
+    with pytest.raises(S3Error, match="some/where/a: there is no such object") as missing:
+        Bucket(s3_place).get("a")
+    assert missing.value.missing
+    with pytest.raises(S3Error, match="s3://no-such-bucket/a: there is no such bucket") as wrong:
+        Bucket(Place("no-such-bucket", "")).put("a", b"")
+    assert not wrong.value.missing
+
+
+def test_missing_credentials_and_a_wrong_address_are_named(s3_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(S3Error, match=r'/a: Could not connect to the endpoint URL: "http://127.0.0.1:9'):
+        Bucket(s3_place, attempts=1).put("a", b"")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(S3Error, match="no credentials: set AWS_ACCESS_KEY_ID"):
+        Bucket(s3_place).put("a", b"")
