@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import logging
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,6 +112,16 @@ def load() -> None:
     # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
     logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
     importlib.import_module(_parser_module())
+
+
+def inspect_models(architectures: Sequence[str]) -> list[str]:
+    """Have vLLM look at these classes and cache what it finds, as the first boot would; return those it knows."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = [name for name in architectures if name in ModelRegistry.models]
+    for name in known:
+        ModelRegistry.models[name].inspect_model_cls()
+    return known
 
 
 def load_http() -> None:
