@@ -174,6 +174,8 @@ async def test_the_same_request_costs_less_in_a_full_batch(run: Run) -> None:
         statistics.median(record["decode_gpu_seconds"] for record in run.named(name)) for name in ("alone", "crowded")
     )
     assert crowded < 0.7 * alone
+    assert {record["mean_batch"] for record in run.named("alone")} == {1.0}
+    assert min(record["mean_batch"] for record in run.named("crowded")) > 4
 
 
 async def test_a_cached_prefix_is_not_paid_again(run: Run) -> None:
