@@ -79,6 +79,7 @@ async def serve(folder: Path, home: str, seed: int) -> None:
     async with ControlPlane(poll_seconds=5) as plane:
         environ = {"PATH": os.environ["PATH"], "HOME": home, "LANG": "C.UTF-8", "COLDSNAP_LEDGER_DIR": str(folder)}
         environ |= {"GPU_PRICE_PER_SECOND": "0.00116", **plane.environment()}
+        environ |= {"RUNPOD_POD_ID": folder.name, "RUNPOD_ENDPOINT_ID": "demo"}
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             worker = await asyncio.create_subprocess_exec(
                 sys.executable, ROOT / "handler.py", cwd=folder, env=environ, stdout=out, stderr=err, process_group=0
