@@ -75,7 +75,6 @@ class Traffic:
 
 async def serve(folder: Path, home: str, seed: int) -> None:
     """Boot a worker, send it the traffic, leave it idle for a moment, end it."""
-    folder.mkdir(parents=True, exist_ok=True)
     async with ControlPlane(poll_seconds=5) as plane:
         environ = {"PATH": os.environ["PATH"], "HOME": home, "LANG": "C.UTF-8", "COLDSNAP_LEDGER_DIR": str(folder)}
         environ |= {"GPU_PRICE_PER_SECOND": "0.00116", **plane.environment()}
@@ -105,7 +104,9 @@ async def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         for number in range(options.workers):
-            await serve((options.folder / f"worker-{number + 1}").resolve(), home, number)
+            folder = options.folder.resolve() / f"worker-{number + 1}"
+            folder.mkdir(parents=True, exist_ok=True)
+            await serve(folder, home, number)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import pytest
 
 from coldsnap import cli
 from coldsnap.errors import ReportError
+from coldsnap.ledger import EMPTY, LOST, RECOMPUTE, TAIL
 from coldsnap.report import api, figures, notation, source, store
 from coldsnap.report.command import when
 from coldsnap.report.figures import Figures
+from coldsnap.report.page import CAUSES
 from coldsnap.settings import ROOT
 
 Record = dict[str, Any]
@@ -216,6 +218,10 @@ class TestFigures:
         assert some.utilisation == pytest.approx(PRICE / some.usd * 2 * 7 / 6)
 
 
+def test_every_cause_of_overhead_is_said_in_words() -> None:
+    assert CAUSES.keys() == {RECOMPUTE, EMPTY, TAIL, LOST}
+
+
 class TestLines:
     def test_files_below_a_folder_are_read_and_a_line_met_twice_counts_once(self, ledger: Any, tmp_path: Path) -> None:
         ledger(LEDGER)
@@ -316,16 +322,24 @@ class TestCommand:
             (["--loaded", "fairly"], "--loaded: expected one of by-gpu-seconds, by-request, found 'fairly'"),
             (
                 ["--since", "yesterday"],
-                "--since: expected a date (2026-11-21), a time (2026-11-21T08:30) or a span (7d, 12h, 30m), "
-                "found 'yesterday'",
+                (
+                    "--since: expected a date (2026-11-21), a time (2026-11-21T08:30) or a span (7d, 12h, 30m), "
+                    "found 'yesterday'"
+                ),
             ),
             (["--since", "9999999d"], "--since: 9999999d is further back than there are dates"),
             (
                 ["--billed-seconds", "12,5"],
                 "--billed-seconds: expected the invoice's worker-seconds, a number, found '12,5'",
             ),
-            (["--api-prices", "/nowhere.yaml"], "--api-prices: /nowhere.yaml cannot be read (No such file or directory)"),
-            (["--html", "/nowhere/out.html"], "--html: /nowhere/out.html cannot be written (No such file or directory)"),
+            (
+                ["--api-prices", "/nowhere.yaml"],
+                "--api-prices: /nowhere.yaml cannot be read (No such file or directory)",
+            ),
+            (
+                ["--html", "/nowhere/out.html"],
+                "--html: /nowhere/out.html cannot be written (No such file or directory)",
+            ),
         ],
     )
     def test_a_wrong_option_is_one_line(
@@ -405,7 +419,15 @@ def test_since_is_a_date_a_time_or_a_span(text: str, moment: datetime) -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(None, "–"), (0, "0"), (0.0001034, "0.000103"), (0.5, "0.500"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1,234")],
+    [
+        (None, "–"),
+        (0, "0"),
+        (0.0001034, "0.000103"),
+        (0.5, "0.500"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (1234.5, "1,234"),
+    ],
 )
 def test_numbers_have_three_digits(value: float | None, said: str) -> None:
     assert notation.digits(value) == said

@@ -114,7 +114,10 @@ def gather(database: duckdb.DuckDBPyConnection, by: str, rates: Rates | None, bi
         boots=_one(database, _BOOTS),
         phases=_rows(database, _PHASES),
         spreads=[
-            Spread(**row) for name in _SPREADS for row in _rows(database, _SPREAD.replace("{name}", name)) if row["count"]
+            Spread(**row)
+            for name in _SPREADS
+            for row in _rows(database, _SPREAD.replace("{name}", name))
+            if row["count"]
         ],
         batches=_rows(database, _BATCHES),
         points=_pairs(database, _SCATTER),
@@ -167,10 +170,8 @@ def _notes(about: Row, spent: Row) -> list[str]:
             "shares are counted, not overhead, idle and drain."
         )
     if spent["unpriced"]:
-        found.append(
-            f"No price for {', '.join(about['unpriced_gpus'] or ['the GPU'])}: set GPU_PRICE_PER_SECOND on the endpoint "
-            "to have dollars."
-        )
+        gpus = ", ".join(about["unpriced_gpus"] or ["the GPU"])
+        found.append(f"No price for {gpus}: set GPU_PRICE_PER_SECOND on the endpoint to have dollars.")
     if estimated := about["estimated"]:
         found.append(f"{estimated} requests' costs are an equal split by time: the engine's steps were not seen.")
     if spent["busy"] and about["shares"] and abs(about["shares"] / spent["busy"] - 1) > _CLOSED:
@@ -184,7 +185,8 @@ def _notes(about: Row, spent: Row) -> list[str]:
 _CLOSED = 0.001
 
 _ABOUT = """
-SELECT strftime(greatest(min(begun), (SELECT since FROM period)), '%Y-%m-%d %H:%M') AS begun, strftime(max(ended), '%Y-%m-%d %H:%M') AS ended,
+SELECT strftime(greatest(min(begun), (SELECT since FROM period)), '%Y-%m-%d %H:%M') AS begun,
+    strftime(max(ended), '%Y-%m-%d %H:%M') AS ended,
     count(*) AS workers, list(DISTINCT endpoint_id ORDER BY endpoint_id) AS endpoints,
     list(DISTINCT gpu ORDER BY gpu) AS gpus, list(DISTINCT vllm ORDER BY vllm) AS vllms,
     coalesce((SELECT list(DISTINCT model ORDER BY model) FROM requests), []) AS models,
@@ -288,7 +290,8 @@ FROM requests ORDER BY gpu_seconds DESC, job_id LIMIT {_DEAREST}
 _ECONOMY = """
 WITH asked AS (SELECT count(*) AS requests FROM requests)
 SELECT any_value(requests) AS requests, sum(gpu_seconds / gpu_count) AS worker_seconds,
-    CASE WHEN count(price) = count(*) THEN sum(gpu_seconds * price) / sum(gpu_seconds / gpu_count) END AS usd_per_second,
+    CASE WHEN count(price) = count(*) THEN sum(gpu_seconds * price) / sum(gpu_seconds / gpu_count) END
+        AS usd_per_second,
     sum((busy + overhead) / gpu_count) / sum(gpu_seconds / gpu_count) AS utilisation,
     sum((busy + overhead) / gpu_count) / nullif(any_value(requests), 0) AS seconds_each
 FROM lives, asked

@@ -13,6 +13,12 @@ from coldsnap.report.figures import Figures
 from coldsnap.report.source import Intake
 from coldsnap.report.terminal import reading
 
+CAUSES = {
+    "recompute": "computed again after a preemption",
+    "empty": "steps in which nothing could run",
+    "tail": "ran on after a request’s account was closed",
+    "lost": "steps whose report was lost",
+}
 POLICIES = {
     "by-gpu-seconds": "in proportion to their marginal GPU-seconds",
     "by-request": "in equal parts",
@@ -35,9 +41,7 @@ def render(figures: Figures, intake: Intake, asked: Asked) -> str:
         loader=jinja2.PackageLoader("coldsnap.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {
-        name: getattr(notation, name) for name in ("count", "digits", "exact", "seconds", "usd")
-    }
+    environment.filters |= {name: getattr(notation, name) for name in ("count", "digits", "exact", "seconds", "usd")}
     phases = [phase for phase in figures.phases if not phase["beside"]]
     economy = figures.economy
     drawn = {
@@ -54,6 +58,7 @@ def render(figures: Figures, intake: Intake, asked: Asked) -> str:
         asked=asked,
         plots=drawn,
         phases=phases,
+        causes=CAUSES,
         policy=POLICIES[asked.loaded],
         part=notation.part,
         ratio=notation.ratio,

@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from coldsnap.report import notation
@@ -52,6 +53,8 @@ _STYLE = {
     "legend.frameon": False,
 }
 _WIDTH = 8.4
+_LABELS_APART = 1.5
+"""The least ratio of two prices between which there is room for a name."""
 
 
 def spent(parts: dict[str, float]) -> str:
@@ -153,12 +156,15 @@ def break_even(economy: Economy, api: Sequence[ApiCost]) -> str:
         here = economy.requests_per_second
         axes.plot([here], [economy.usd_per_second / here * 1000], "o", color=INK, markersize=5)
         axes.annotate("this ledger", (here, economy.usd_per_second / here * 1000), (7, 4), textcoords="offset points")
-        for each in shown:
-            price = each.usd / each.requests * 1000
+        priced = sorted((each.usd / each.requests * 1000, each.rate.name) for each in shown)
+        above = [price for price, _ in priced[1:]] + [math.inf]
+        for (price, name), following in zip(priced, above, strict=True):
             axes.axhline(price, color=ACCENT, linewidth=0.9)
+            below = following < price * _LABELS_APART
             axes.annotate(
-                each.rate.name, (load[0], price), (2, 3), textcoords="offset points", fontsize=7.5, color=ACCENT
-            )
+                name, (load[-1], price), (-2, -3 if below else 3), textcoords="offset points", ha="right",
+                va="top" if below else "bottom", fontsize=7.5, color=ACCENT,
+            )  # fmt: skip
         axes.axvline(most, color=MUTED, linewidth=0.8, linestyle="--")
         axes.annotate(
             "always busy", (most, 1), (4, -9), xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -174,7 +180,7 @@ def break_even(economy: Economy, api: Sequence[ApiCost]) -> str:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.0, h_pad=0.02))
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
     axes.patch.set_visible(False)

@@ -77,20 +77,21 @@ WITH last AS (
     SELECT totals.* FROM totals, period WHERE time < since
     QUALIFY row_number() OVER (PARTITION BY life ORDER BY time DESC, monotonic DESC) = 1
 ), booted AS (
-    SELECT life, max(seconds * gpu_count) AS boot, max(seconds * gpu_count) FILTER (time < (SELECT since FROM period))
-        AS boot_before
+    SELECT life, max(seconds * gpu_count) AS booting,
+        max(seconds * gpu_count) FILTER (time < (SELECT since FROM period)) AS booting_before
     FROM cold_starts WHERE boot = 'fresh' GROUP BY life
 ), shares AS (
     SELECT life, sum(gpu_seconds) AS shares, max(price_per_second) AS price FROM every_request GROUP BY life
 ), known AS (
     SELECT life, any_value(endpoint_id) AS endpoint_id, any_value(worker_id) AS worker_id, any_value(gpu) AS gpu,
         any_value(vllm) AS vllm, max(gpu_count) AS gpu_count,
-        min(CASE WHEN record = 'cold_start' THEN time - seconds * INTERVAL 1 SECOND ELSE time END) AS begun, max(time) AS ended
+        min(CASE WHEN record = 'cold_start' THEN time - seconds * INTERVAL 1 SECOND ELSE time END) AS begun,
+        max(time) AS ended
     FROM marked GROUP BY life
 )
 SELECT known.*, CASE WHEN last.life IS NULL THEN 'none' WHEN last.final THEN 'final' ELSE 'running' END AS totals,
     coalesce(last.price_per_second, shares.price) AS price,
-    coalesce(last.cold_gpu_seconds, boot, 0) - coalesce(first.cold_gpu_seconds, boot_before, 0) AS cold,
+    coalesce(last.cold_gpu_seconds, booting, 0) - coalesce(first.cold_gpu_seconds, booting_before, 0) AS cold,
     -- A worker that was killed has requests on record that its last totals do not hold.
     CASE WHEN last.final THEN last.busy_gpu_seconds
         ELSE greatest(coalesce(last.busy_gpu_seconds, 0), coalesce(shares, 0)) END
@@ -133,7 +134,7 @@ def load(lines: Path, *, since: datetime | None, loaded: str) -> duckdb.DuckDBPy
     database = duckdb.connect()
     database.execute("SET preserve_insertion_order = true")
     values = {"since": since, "loaded": loaded, "path": str(lines)}
-    for statement in filter(None, map(str.strip, ";".join((_RECORDS, _LIVES, _REQUESTS)).split(";"))):
+    for statement in filter(None, map(str.strip, f"{_RECORDS};{_LIVES};{_REQUESTS}".split(";"))):
         wanted = {name: value for name, value in values.items() if f"${name}" in statement}
         database.execute(statement, wanted)
     return database

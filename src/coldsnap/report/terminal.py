@@ -53,7 +53,9 @@ def _table(console: Console, title: str, columns: Iterable[str], rows: Iterable[
 
 def _spent(figures: Figures, _: str, __: str, console: Console) -> None:
     whole = sum(figures.spent.values())
-    rows = [[name, exact(each), part(each, whole), usd(figures.spent_usd[name])] for name, each in figures.spent.items()]
+    rows = [
+        [name, exact(each), part(each, whole), usd(figures.spent_usd[name])] for name, each in figures.spent.items()
+    ]
     dollars = list(figures.spent_usd.values())
     total = sum(each for each in dollars if each is not None) if None not in dollars else None
     rows.append(["total", exact(whole), "", usd(total)])
@@ -80,8 +82,10 @@ def _groups(figures: Figures, by: str, loaded: str, console: Console) -> None:
     _table(
         console,
         "For 1M tokens: input is prompt tokens that were not cached",
-        (by, "input tokens", "cached", "output tokens", "GPU-s 1M in", "loaded", "$", "loaded $", "GPU-s 1M out", "loaded",
-         "$", "loaded $"),
+        (
+            by, "input tokens", "cached", "output tokens", "GPU-s 1M in", "loaded", "$", "loaded $",
+            "GPU-s 1M out", "loaded", "$", "loaded $",
+        ),
         (
             [
                 str(row["name"]), count(row["input_tokens"]), count(row["cached_tokens"]), count(row["output_tokens"]),
@@ -112,7 +116,9 @@ def _latency(figures: Figures, _: str, __: str, console: Console) -> None:
 def _boots(figures: Figures, _: str, __: str, console: Console) -> None:
     if not figures.phases:
         return
-    rows = [[each["phase"], seconds(each["p50"]), seconds(each["p95"])] for each in figures.phases if not each["beside"]]
+    rows = [
+        [each["phase"], seconds(each["p50"]), seconds(each["p95"])] for each in figures.phases if not each["beside"]
+    ]
     rows.append(["process start to ready", seconds(figures.boots["p50"]), seconds(figures.boots["p95"])])
     beside = [each for each in figures.phases if each["beside"]]
     rows += [[f"  beside: {each['phase']}", seconds(each["p50"]), seconds(each["p95"])] for each in beside]
@@ -137,8 +143,9 @@ def _batches(figures: Figures, _: str, __: str, console: Console) -> None:
 def _dearest(figures: Figures, _: str, __: str, console: Console) -> None:
     rows = (
         [
-            row["job_id"], row["time"], f"{row['input_tokens']:,} + {row['cached_tokens']:,}", count(row["output_tokens"]),
-            digits(row["mean_batch"]), exact(row["gpu_seconds"]), exact(row["loaded_gpu_seconds"]), usd(row["usd"]),
+            row["job_id"], row["time"], f"{row['input_tokens']:,} + {row['cached_tokens']:,}",
+            count(row["output_tokens"]), digits(row["mean_batch"]),
+            exact(row["gpu_seconds"]), exact(row["loaded_gpu_seconds"]), usd(row["usd"]),
         ]
         for row in figures.dearest
     )  # fmt: skip
