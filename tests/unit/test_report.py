@@ -191,6 +191,13 @@ class TestFigures:
         assert (found.total["usd"], found.total["loaded_gpu_seconds"]) == (None, pytest.approx(30))
         assert "No price for NVIDIA H100: set GPU_PRICE_PER_SECOND" in found.notes[0]
 
+    def test_energy_is_shown_where_gpus_report_it(self, ledger: Any, tmp_path: Path) -> None:
+        assert gathered(ledger(LEDGER), tmp_path)[0].joules is None
+        records = [each | {"joules": 900.0, "request_joules": 600.0, "unwritten_records": 3} for each in LEDGER]
+        found, _ = gathered(ledger(records), tmp_path)
+        assert (found.joules, found.request_joules) == (900, 600)
+        assert found.notes == ["3 records did not get onto their workers' disks: they are missing here."]
+
     def test_several_gpus_are_counted_each(self, ledger: Any, tmp_path: Path) -> None:
         found, _ = gathered(ledger([each | {"gpu_count": 2} for each in LEDGER]), tmp_path)
         assert sum(found.spent.values()) == pytest.approx(30)

@@ -84,6 +84,9 @@ class Figures:
     spent: dict[str, float]
     spent_usd: dict[str, float | None]
     causes: dict[str, float]
+    joules: float | None
+    """What the GPUs report since their workers were ready, and what of it was requests'."""
+    request_joules: float | None
     total: Row
     groups: list[Row]
     boots: Row
@@ -109,6 +112,8 @@ def gather(database: duckdb.DuckDBPyConnection, by: str, rates: Rates | None, bi
         spent={part: spent[part] for part in PARTS},
         spent_usd={part: spent[f"{part}_usd"] if not spent["unpriced"] else None for part in PARTS},
         causes={row["cause"]: row["seconds"] for row in _rows(database, _CAUSES)},
+        joules=spent["joules"],
+        request_joules=spent["request_joules"],
         total=_one(database, _COSTS.replace("{by}", "'all'")),
         groups=_rows(database, _COSTS.replace("{by}", BY[by])),
         boots=_one(database, _BOOTS),
@@ -172,6 +177,8 @@ def _notes(about: Row, spent: Row) -> list[str]:
     if spent["unpriced"]:
         gpus = ", ".join(about["unpriced_gpus"] or ["the GPU"])
         found.append(f"No price for {gpus}: set GPU_PRICE_PER_SECOND on the endpoint to have dollars.")
+    if unwritten := spent["unwritten"]:
+        found.append(f"{unwritten} records did not get onto their workers' disks: they are missing here.")
     if estimated := about["estimated"]:
         found.append(f"{estimated} requests' costs are an equal split by time: the engine's steps were not seen.")
     if spent["busy"] and about["shares"] and abs(about["shares"] / spent["busy"] - 1) > _CLOSED:
@@ -204,7 +211,8 @@ SELECT coalesce(sum(cold), 0) AS cold, coalesce(sum(busy), 0) AS busy, coalesce(
     sum(idle * price) AS idle_usd, sum(drain * price) AS drain_usd,
     coalesce(bool_or(price IS NULL), true) AS unpriced,
     coalesce(sum(gpu_seconds / gpu_count), 0) AS worker_seconds, coalesce(sum(billed_seconds), 0) AS billed_seconds,
-    CASE WHEN NOT coalesce(bool_or(price IS NULL), true) THEN sum(billed_seconds * gpu_count * price) END AS billed_usd
+    CASE WHEN NOT coalesce(bool_or(price IS NULL), true) THEN sum(billed_seconds * gpu_count * price) END AS billed_usd,
+    sum(joules) AS joules, sum(request_joules) AS request_joules, coalesce(sum(unwritten), 0)::BIGINT AS unwritten
 FROM lives
 """
 

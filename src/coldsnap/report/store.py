@@ -65,6 +65,7 @@ SELECT life, time, monotonic, gpu_count, price_per_second, coalesce(final, false
     unnest(json_transform(json, '{
     "cold_gpu_seconds": "DOUBLE", "busy_gpu_seconds": "DOUBLE", "overhead_gpu_seconds": "DOUBLE",
     "idle_gpu_seconds": "DOUBLE", "drain_gpu_seconds": "DOUBLE", "billed_seconds": "DOUBLE",
+    "joules": "DOUBLE", "request_joules": "DOUBLE", "unwritten_records": "BIGINT",
     "overhead_causes": "MAP(VARCHAR, DOUBLE)"}'))
 FROM marked WHERE record = 'worker';
 """
@@ -102,6 +103,9 @@ SELECT known.*, CASE WHEN last.life IS NULL THEN 'none' WHEN last.final THEN 'fi
     cold + busy + overhead + idle + drain AS gpu_seconds,
     CASE WHEN last.final THEN last.billed_seconds - coalesce(first.billed_seconds, 0)
         ELSE ceil(gpu_seconds / known.gpu_count) END AS billed_seconds,
+    last.joules - coalesce(first.joules, 0) AS joules,
+    last.request_joules - coalesce(first.request_joules, 0) AS request_joules,
+    last.unwritten_records - coalesce(first.unwritten_records, 0) AS unwritten,
     last.overhead_causes AS causes, first.overhead_causes AS causes_before
 FROM known LEFT JOIN last USING (life) LEFT JOIN first USING (life) LEFT JOIN booted USING (life)
     LEFT JOIN shares USING (life), period

@@ -177,3 +177,6 @@ def _invoice(figures: Figures, console: Console) -> None:
         off = "" if invoice.off is None else f", {invoice.off:+.1%}"
         line += f"; billed: {invoice.billed:,.0f}{off}"
     console.print(line)
+    if figures.joules is not None:
+        of_requests = "" if figures.request_joules is None else f", {digits(figures.request_joules)} J for requests"
+        console.print(f"Energy, as the GPUs report it, since ready: {digits(figures.joules)} J{of_requests}")
