@@ -21,7 +21,7 @@ _POINTS = 1000
 """Requests drawn in a plot, at most."""
 _DEAREST = 10
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ def gather(database: duckdb.DuckDBPyConnection, by: str, rates: Rates | None, bi
         boots=_one(database, _BOOTS),
         phases=_rows(database, _PHASES),
         spreads=[
-            Spread(**row)
-            for name in _SPREADS
-            for row in _rows(database, _SPREAD.replace("{name}", name))
+            Spread(name, **row)
+            for field, name in _SPREADS.items()
+            for row in _rows(database, _SPREAD.replace("{field}", field))
             if row["count"]
         ],
         batches=_rows(database, _BATCHES),
@@ -267,8 +267,8 @@ _SPREADS = {
     "duration_seconds": "to the end (latency)",
 }
 _SPREAD = """
-SELECT '{name}' AS name, count({name}) AS count, quantile_cont({name}, 0.5) AS p50, quantile_cont({name}, 0.95) AS p95,
-    quantile_cont({name}, 0.99) AS p99
+SELECT count({field}) AS count, quantile_cont({field}, 0.5) AS p50, quantile_cont({field}, 0.95) AS p95,
+    quantile_cont({field}, 0.99) AS p99
 FROM requests WHERE error IS NULL
 """
 

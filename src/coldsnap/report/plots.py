@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -32,7 +33,7 @@ _VARIABLES = {
     SECOND: "var(--second)",
 } | {colour: f"var(--{part})" for part, colour in PART.items()}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "axes.edgecolor": RULE,
@@ -128,7 +129,7 @@ def costs(pairs: Sequence[tuple[float, float]]) -> str:
         figure, axes = _figure(2.2)
         values = np.array(pairs)
         low, high = math.log10(values.min()), math.log10(values.max())
-        bins = np.logspace(low - 0.02, high + 0.02, 48)
+        bins = np.logspace(low - 0.02, high + 0.02, 48).tolist()
         axes.hist(values[:, 0], bins, color=PART["busy"], alpha=0.85, label="marginal")
         axes.hist(values[:, 1], bins, histtype="step", color=INK, linewidth=1.1, label="loaded")
         axes.set_xscale("log")

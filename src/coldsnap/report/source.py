@@ -27,10 +27,14 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 _GZIP = b"\x1f\x8b"
 _DOWNLOADS = 16
 
-_TEXT, _WHOLE, _NUMBER = (str,), (int,), (int, float)
+_Kinds = tuple[type, ...]
+_TEXT: _Kinds = (str,)
+_WHOLE: _Kinds = (int,)
+_NUMBER: _Kinds = (int, float)
+_OBJECT: _Kinds = (dict,)
 _EVERY = {"time": _TEXT, "monotonic": _NUMBER, "worker_id": _TEXT, "endpoint_id": _TEXT, "gpu_count": _WHOLE}
-_NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
-    "cold_start": _EVERY | {"seconds": _NUMBER, "phases": (dict,)},
+_NEEDED: dict[str, dict[str, _Kinds]] = {
+    "cold_start": _EVERY | {"seconds": _NUMBER, "phases": _OBJECT},
     "request": _EVERY
     | {"job_id": _TEXT, "model": _TEXT, "duration_seconds": _NUMBER}
     | dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), _WHOLE)
@@ -40,7 +44,7 @@ _NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
     | dict.fromkeys([f"{part}gpu_seconds" for part in ("", "cold_", "busy_", "overhead_", "idle_", "drain_")], _NUMBER),
 }
 """Fields without which a record says nothing; others may be missing, and there may be more."""
-_SAID = {_TEXT: "text", _WHOLE: "a whole number", _NUMBER: "a number", (dict,): "an object"}
+_SAID = {_TEXT: "text", _WHOLE: "a whole number", _NUMBER: "a number", _OBJECT: "an object"}
 
 
 @dataclass(frozen=True, slots=True)

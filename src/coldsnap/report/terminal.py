@@ -105,9 +105,8 @@ def _million(value: float | None, tokens: float | None) -> float | None:
 
 
 def _latency(figures: Figures, _: str, __: str, console: Console) -> None:
-    names = {"queue_seconds": "queue", "ttft_seconds": "TTFT", "itl_seconds": "ITL", "duration_seconds": "latency"}
     rows = (
-        [names[each.name], count(each.count), seconds(each.p50), seconds(each.p95), seconds(each.p99)]
+        [each.name, count(each.count), seconds(each.p50), seconds(each.p95), seconds(each.p99)]
         for each in figures.spreads
     )
     _table(console, "How long they took (requests that ended well)", ("", "requests", "p50", "p95", "p99"), rows)
