@@ -366,7 +366,7 @@ class TestCommand:
             code, out, err = self.run(capsys, tmp_path / name)
             assert (code, out, err) == (1, "", f"coldsnap: {tmp_path / name}: {said}\n")
         code, _, err = self.run(capsys, "s3://A_b/c")
-        assert (code, err.startswith("coldsnap: coldsnap report: expected s3://bucket/prefix")) == (1, True)
+        assert (code, err.startswith("coldsnap: PATH: expected s3://bucket/prefix")) == (1, True)
 
     def test_a_period_without_records_is_one_line(self, ledger: Any, capsys: pytest.CaptureFixture[str]) -> None:
         place = ledger(LEDGER)

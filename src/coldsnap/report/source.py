@@ -122,7 +122,7 @@ def _find(place: str) -> list[tuple[str, Path]]:
 
 
 def _download(uri: str, folder: Path) -> list[tuple[str, Path]]:
-    bucket = Bucket(Place.parse(uri, "coldsnap report"))
+    bucket = Bucket(Place.parse(uri, "PATH"))
     names = [each.name for each in bucket.objects() if each.name.endswith(_SUFFIXES)]
     if not names:
         raise ReportError(f"{bucket.place}: expected objects *.jsonl or *.jsonl.gz below it, found none")
