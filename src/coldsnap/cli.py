@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from coldsnap.errors import ColdsnapError
 
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
+}
 """Name -> module, and what it does in one line."""
 
 

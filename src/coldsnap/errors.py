@@ -56,6 +56,10 @@ class S3Error(ColdsnapError):
         self.missing = missing
 
 
+class ReportError(ColdsnapError):
+    """A report cannot be made; the message names the option, the file or its key."""
+
+
 class JobError(ColdsnapError):
     """One job failed; nothing else did."""
 

@@ -205,6 +205,7 @@ class Jobs:
             gpu_seconds=cost.gpu_seconds,
             prefill_gpu_seconds=cost.prefill_gpu_seconds,
             decode_gpu_seconds=cost.decode_gpu_seconds,
+            mean_batch=round(meter.batch / meter.steps, 3) if meter.steps else None,
             usd=cost.usd,
             price_per_second=cost.price_per_second,
             estimated=cost.estimated,
