@@ -37,6 +37,7 @@ OPENAI = {
     "openai_route": "/v1/chat/completions",
     "openai_input": {"messages": _MESSAGES, "stream": True, "max_tokens": TOKENS, "temperature": 0.0},
 }
+_REST_SECONDS = 1.2
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -66,7 +67,11 @@ class Contender(ABC):
         """Run `jobs` jobs, `streams` at a time; with `arrivals` each begins so many seconds after the start."""
 
     async def measured(self, streams: int, jobs: int, arrivals: Sequence[float] | None = None) -> Sample:
-        """Run, and add the CPU that this contender's processes and this one took meanwhile."""
+        """Run, and add the CPU that this contender's processes and this one took meanwhile.
+
+        vLLM's processes spin for a second after a step: another contender's must have come to rest before.
+        """
+        await asyncio.sleep(_REST_SECONDS)
         before, own = cpu_seconds(self.pid), time.process_time()
         sample = await self.run(arrivals, streams, jobs)
         after = cpu_seconds(self.pid)
@@ -123,7 +128,7 @@ class Worker(Contender):
     async def _one(self) -> tuple[list[float], float, int]:
         """Run a job; return the times of submission and of each chunk, the time of its end, and its POSTs."""
         job = self._plane.submit(self._job)
-        await job.result(300)
+        await job.result(20)
         check(job)
         times = job.timestamps
         assert times.done is not None

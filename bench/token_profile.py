@@ -90,7 +90,7 @@ async def main() -> None:
                     stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
                 )  # fmt: skip
                 while spy.returncode is None:
-                    await contender.run(None, level, 4 * level)
+                    await contender.run(None, level, 16 * level)
                     await asyncio.sleep(0)
                 lines += tables(f"{name}, {level} streams", raw)
                 print(name, level, file=sys.stderr)
