@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 
 async def run(
-    llm: Any, make: Any, streams: int, jobs: int, tokens: int, question: str, arrivals: list[float] | None
+    llm: Any, make: Any, *, streams: int, jobs: int, tokens: int, question: str, arrivals: list[float] | None
 ) -> dict[str, Any]:
     """Run `jobs` generations of `tokens` tokens, `streams` at a time; return latencies, one of each a job.
 
@@ -52,7 +52,7 @@ async def run(
 async def serve(llm: Any, make: Any) -> None:
     """Answer run requests until stdin ends."""
     loop = asyncio.get_running_loop()
-    await run(llm, make, 4, 4, 8, "What is a cold start?", None)
+    await run(llm, make, streams=4, jobs=4, tokens=8, question="What is a cold start?", arrivals=None)
     print("ready", flush=True)
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         print(json.dumps(await run(llm, make, **json.loads(line))), flush=True)

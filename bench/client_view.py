@@ -31,6 +31,11 @@ PLATFORMS = {
     "200 ms": Faults(delay=0.15, jitter=0.1, stream_5xx=0.01, done_5xx=0.01),
 }
 
+_HEADING = (
+    "| jobs | a POST | first chunk | text complete | round trips above 1.05 × no delay | job done "
+    "| round trips above | longest gap, p50 / most | POSTs a job |"
+)
+
 
 def text(job: Job) -> str:
     """Return what the client has read."""
@@ -100,11 +105,10 @@ async def main() -> None:
     texts = {text(job) for jobs in found.values() for job in jobs}
     assert len(texts) == 1, "a text was not complete or not in order"
     lines = [
-        f"{args.streams} streams of {TOKENS} tokens, {args.rounds} × {args.jobs} jobs a line; ms, p50 / p95. Every text "
-        "was complete and in order.",
+        f"{args.streams} streams of {TOKENS} tokens, {args.rounds} × {args.jobs} jobs a line; ms, p50 / p95.",
+        "Every text was complete and in order.",
         "",
-        "| jobs | a POST | first chunk | text complete | round trips above 1.05 × no delay | job done "
-        "| round trips above | longest gap, p50 / most | POSTs a job |",
+        _HEADING,
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in ("native", "OpenAI"):

@@ -59,7 +59,12 @@ def tables(title: str, raw: Path, top: int = _TOP) -> list[str]:
         if total < _RATE // 4:
             continue
         shown = top if process == "front end" else 5
-        lines += [f"**{process}**, {total} samples", "", "| own | of the process | | in total | |", "|---|---|---|---|---|"]
+        lines += [
+            f"**{process}**, {total} samples",
+            "",
+            "| own | of the process | | in total | |",
+            "|---|---|---|---|---|",
+        ]
         mine, below = own.most_common(shown), within.most_common(2 * shown)[-shown:]
         for (a, n), (b, m) in zip(mine, below, strict=False):
             lines.append(f"| {n / total:.1%} | `{a}` | | {m / total:.1%} | `{b}` |")

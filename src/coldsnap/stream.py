@@ -22,9 +22,7 @@ class Relay(Generic[Piece, Chunk]):
     before leaves first, then its error is raised.
     """
 
-    def __init__(
-        self, source: AsyncGenerator[Piece, None], join: Callable[[list[Piece]], Iterable[Chunk]]
-    ) -> None:
+    def __init__(self, source: AsyncGenerator[Piece, None], join: Callable[[list[Piece]], Iterable[Chunk]]) -> None:
         self._join = join
         self._pieces: list[Piece] = []
         self._some = asyncio.Event()

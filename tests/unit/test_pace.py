@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ async def test_a_steady_stream_loses_nothing_and_keeps_its_order() -> None:
     steps = [step for letter in letters for step in (letter, 0.0013)]
     got = await run(*steps[:-1])
     assert "".join(text for _, text in got) == "".join(letters)
-    gaps = [b - a for (a, _), (b, _) in zip(got[:-2], got[1:-1], strict=True)]
+    gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(got[:-1])]
     assert all(INTERVAL <= gap <= INTERVAL + 0.0013 for gap in gaps)
 
 

@@ -16,12 +16,13 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import orjson
+
 from coldsnap.testing.faults import Faults
 from coldsnap.testing.job import Bell, Job, JobState
 from coldsnap.testing.server import Request, Response, Server
@@ -240,15 +241,12 @@ class ControlPlane:
         self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
         delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
         if delay:
-            return self._post_late(delay, status, kind, worker_id, job, request.body)
+            return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request.body)))
         return Response(self._record(kind, worker_id, job, request.body) if status is None else status)
 
-    async def _post_late(
-        self, delay: float, status: int | None, kind: PostKind, worker_id: str, job: Job, body: bytes
-    ) -> Response:
+    async def _delayed(self, delay: float, status: int | Callable[[], int]) -> Response:
         await asyncio.sleep(delay / 2)
-        if status is None:
-            status = self._record(kind, worker_id, job, body)
+        status = status if isinstance(status, int) else status()
         await asyncio.sleep(delay / 2)
         return Response(status)
 
