@@ -65,7 +65,8 @@ def tables(title: str, raw: Path, top: int = _TOP) -> list[str]:
             "| own | of the process | | in total | |",
             "|---|---|---|---|---|",
         ]
-        mine, below = own.most_common(shown), within.most_common(2 * shown)[-shown:]
+        mine = own.most_common(shown)
+        below = [each for each in within.most_common() if each[1] < 0.6 * total][:shown]  # not what everything is in
         for (a, n), (b, m) in zip(mine, below, strict=False):
             lines.append(f"| {n / total:.1%} | `{a}` | | {m / total:.1%} | `{b}` |")
         lines.append("")

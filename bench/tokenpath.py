@@ -4,8 +4,8 @@
 
 Contenders take turns in every round, on the same snapshot: the bare engine, this worker with native and with
 OpenAI jobs, the same of an older checkout (`--before`), and worker-vllm where `--peer` names a checkout of it.
-Closed loop: so many streams at a time. With `--open`, jobs arrive at random instead (Poisson), at those shares of
-what this worker has delivered, natively, at 32 streams in the same run.
+Closed loop: so many streams at a time. With `--open SHARE ...`, jobs then arrive at random (Poisson), 256 for each
+share of what this worker has just delivered, natively, at 32 streams.
 
 All processes share this machine, the control plane and the client too; their CPU is reported, so that it can be
 judged. `--append` adds rounds to those in `--out`, so that a long measurement can be taken in parts.
@@ -40,25 +40,25 @@ async def closed(contenders: list[Contender], rounds: int, levels: list[int], sa
                 print(f"{number + 1} {level:4} {contender.name:24} {sample.tokens_per_second:8.0f}", file=sys.stderr)
 
 
-async def arriving(contenders: list[Contender], rounds: int, shares: list[float], samples: Samples) -> None:
-    """Let the contenders take turns at jobs that arrive at random, the same times for each.
+async def arriving(contenders: list[Contender], shares: list[float], samples: Samples) -> None:
+    """Let the contenders take turns, once, at jobs that arrive at random, the same times for each.
 
     Without worker-vllm: at half of what this worker can do its queue only grows.
     """
-    contenders = [each for each in contenders if not each.name.startswith("worker-vllm")]
     ours = next(each for each in contenders if each.name.endswith("native"))
-    for number in range(rounds):
-        capacity = (await ours.run(None, 32, 128)).tokens_per_second / TOKENS
-        for share in shares:
-            dice = random.Random(number)
-            times, now = [], 0.0
-            for _ in range(192):
-                now += dice.expovariate(share * capacity)
-                times.append(now)
-            for contender in contenders:
-                sample = await contender.measured(1024, len(times), times)
-                samples.setdefault(f"{share:.0%}", {}).setdefault(contender.name, []).append(sample)
-                print(f"{number + 1} {share:4} {contender.name:24} {len(times) / now:8.1f} jobs/s", file=sys.stderr)
+    for share in shares:
+        capacity = (await ours.measured(32, 192)).tokens_per_second / TOKENS
+        times, now = [], 0.0
+        dice = random.Random(share)
+        for _ in range(256):
+            now += dice.expovariate(share * capacity)
+            times.append(now)
+        for contender in contenders:
+            if contender.name.startswith("worker-vllm"):
+                continue
+            sample = await contender.measured(1024, len(times), times)
+            samples.setdefault(f"{share:.0%}", {}).setdefault(contender.name, []).append(sample)
+            print(f"{share:6} {contender.name:24} {len(times) / now:8.1f} jobs/s", file=sys.stderr)
 
 
 def row(runs: list[Sample], bare: list[Sample]) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def row(runs: list[Sample], bare: list[Sample]) -> dict[str, Any]:
     def of(name: str, q: float) -> float:
         return 1000 * quantile([value for run in runs for value in getattr(run, name)], q)
 
-    ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(runs, bare, strict=True)] if bare else [0.0]
+    pairs = zip(runs, bare, strict=False)  # a contender may have sat out the rounds of a later part
+    ratios = [run.tokens_per_second / yardstick.tokens_per_second for run, yardstick in pairs]
     return {
         "rounds": len(runs),
         "tokens_per_second": statistics.median(run.tokens_per_second for run in runs),
@@ -86,10 +87,10 @@ def row(runs: list[Sample], bare: list[Sample]) -> dict[str, Any]:
 def table(samples: Samples, first: str) -> list[str]:
     """Return the samples in Markdown."""
     heading = (
-        f"| {first} | | tok/s | of bare (least–most) | TTFT p50 / p95, ms | longest gap p50 / p95, ms "
+        f"| {first} | | rounds | tok/s | of bare (least–most) | TTFT p50 / p95, ms | longest gap p50 / p95, ms "
         "| end to end p50 / p95, ms | POSTs a job | CPU-s per 1,000 tokens |"
     )
-    lines = [heading, "|---|---|---|---|---|---|---|---|---|"]
+    lines = [heading, "|---|---|---|---|---|---|---|---|---|---|"]
     for level, contenders in samples.items():
         bare = contenders.get("bare engine", [])
         for name, runs in contenders.items():
@@ -98,7 +99,8 @@ def table(samples: Samples, first: str) -> list[str]:
             cpu = ", ".join(f"{k} {v:.3f}" for k, v in each["cpu_seconds_per_1000_tokens"].items() if v >= 0.001)
             low, high = each["of_bare_range"]
             lines.append(
-                f"| {level} | {name} | {each['tokens_per_second']:.0f} | {each['of_bare']:.2f} ({low:.2f}–{high:.2f}) "
+                f"| {level} | {name} | {len(runs)} | {each['tokens_per_second']:.0f} "
+                f"| {each['of_bare']:.2f} ({low:.2f}–{high:.2f}) "
                 f"| {pairs} | {each['posts_per_job']:.1f} | {cpu} |"
             )
     return lines
@@ -144,15 +146,13 @@ async def main() -> None:
     parser.add_argument("--before", type=Path, help="an older checkout of this project")
     parser.add_argument("--peer", type=Path, help="a checkout of runpod-workers/worker-vllm")
     parser.add_argument("--append", action="store_true", help="add rounds to those in --out")
-    parser.add_argument("--only", default="", help="leave out contenders whose name has not this in it")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "tokenpath.json")
     args = parser.parse_args()
     loops: dict[str, Samples] = load(args.out) if args.append else {"closed": {}, "open": {}}
     async with ring([ROOT, *([args.before] if args.before else [])], args.peer) as contenders:
-        some = [each for each in contenders if args.only in each.name or each.name == "bare engine"]
-        await closed(some, args.rounds, args.levels, loops["closed"])
+        await closed(contenders, args.rounds, args.levels, loops["closed"])
         write(args.out, loops)
-        await arriving(some, args.rounds if args.open else 0, args.open, loops["open"])
+        await arriving(contenders, args.open, loops["open"])
     write(args.out, loops)
     print(args.out.with_suffix(".md").read_text())
 
