@@ -32,6 +32,7 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
+from coldsnap.pace import Pace, PacedQueue
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
@@ -137,6 +138,7 @@ def boot(
     environ: MutableMapping[str, str],
     engine_environ: Mapping[str, str],
     digest: str | None,
+    chunk_interval: float,
     mark: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> VllmEngine:
@@ -179,7 +181,7 @@ def boot(
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
-        llm = _metered_llm(accounts).from_vllm_config(
+        llm = _metered_llm(accounts, Pace(chunk_interval)).from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
@@ -302,6 +304,7 @@ class VllmEngine:
         tasks = await self._llm.get_supported_tasks()
         app = build(self._args, tasks, self._llm.model_config)
         await init(self._llm, app.state, self._args, tasks)
+        gc.freeze()  # see `worker`: it stays as long as the worker does
         return app
 
     async def _render(self, request: Generation) -> Any:
@@ -354,9 +357,13 @@ class VllmEngine:
             raise InvalidInput(f"{where}: {message}", param=where) from error
 
 
-def _metered_llm(accounts: Accounts) -> Any:
-    """Return `AsyncLLM`, noting every request, native or from its HTTP application, in the job's meter."""
+def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
+    """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -385,6 +392,13 @@ def _metered_llm(accounts: Accounts) -> Any:
             if (calls := _CALLS.get()) is not None:
                 calls.append(call)
             return call
+
+        async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            queue = await super().add_request(request_id, prompt, params, *args, **kwargs)
+            if queue.aggregate:  # a stream of deltas
+                queue.__class__ = Queue
+                queue.begin(pace)
+            return queue
 
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
