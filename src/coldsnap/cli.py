@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 
 from coldsnap.errors import ColdsnapError
 
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
+    "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
+}
 """Name -> module, and what it does in one line."""
 
 
