@@ -109,6 +109,8 @@ def pull(
             else:
                 waited += time.monotonic() - begun
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and there():  # the lock was lost, and the other one was first
+            return Pulled(False, fetched, seconds, waited)
         raise SourceError(f"{setting}: {error.filename or folder}: {error.strerror}") from error
     except S3Error as error:
         raise SourceError(f"{offered.setting}: {error.message}") from error
