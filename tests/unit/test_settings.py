@@ -9,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from coldsnap.errors import SettingsError
-from coldsnap.s3 import Place
 from coldsnap.settings import ROOT, Settings
 
 NAMES = {
@@ -38,7 +37,7 @@ def test_every_variable_is_read() -> None:
     assert Settings.read(NAMES).model_dump() == {
         "snapshot_dir": Path("/s"),
         "model_name": "org/model",
-        "snapshot_s3_uri": Place("bucket", "prefix/"),
+        "snapshot_s3_uri": {"bucket": "bucket", "prefix": "prefix/"},
         "snapshot_volume": Path("/volume"),
         "snapshot_cache": Path("/cache"),
         "snapshot_verify": "size",
@@ -184,7 +183,9 @@ class TestSnapshot:
         assert Settings.read({"MODEL_NAME": "org/model", **other}).snapshot() is None
 
     def test_a_bucket_takes_the_place_of_the_demo(self) -> None:
-        assert Settings.read({"SNAPSHOT_S3_URI": "s3://bucket/prefix"}).snapshot() is None
+        settings = Settings.read({"SNAPSHOT_S3_URI": "s3://bucket/prefix"})
+        assert settings.snapshot() is None
+        assert str(settings.snapshot_s3_uri) == "s3://bucket/prefix/"
 
     def test_permission_alone_still_boots_the_demo(self) -> None:
         assert Settings.read({"ALLOW_HUB": "true"}).snapshot() == ROOT / "snapshots" / "demo"
