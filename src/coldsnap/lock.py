@@ -20,12 +20,13 @@ from typing import Self
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 20.0
 """Without a beat for so long the holder counts as dead; a network volume may show a beat seconds late."""
+_LOOK_SECONDS = 0.2
 
 
 class Lock:
     """`acquire`, then use as a context; it beats in a thread until the end of the block.
 
-    `path` names the lock, in a folder that exists. A waiter looks every half `beat_seconds`.
+    `path` names the lock, in a folder that exists.
     """
 
     def __init__(self, path: Path, *, beat_seconds: float = BEAT_SECONDS, stale_seconds: float = STALE_SECONDS) -> None:
@@ -55,7 +56,7 @@ class Lock:
                 if self._create(number + 1):
                     return True
                 continue
-            time.sleep(self._beat_seconds / 2)
+            time.sleep(min(_LOOK_SECONDS, self._beat_seconds / 2))
         return False
 
     @property
