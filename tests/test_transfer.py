@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -388,9 +389,9 @@ def edit_manifest(place: Place, change: Callable[[Any], object]) -> None:
 
 def control(endpoint: str, allowed: str) -> None:
     """Let moto check permissions from the next request but `allowed` on."""
-    import urllib.request
-
-    urllib.request.urlopen(f"{endpoint}/moto-api/reset-auth", data=allowed.encode(), timeout=10).close()
+    kind = {"Content-Type": "text/plain"}
+    request = urllib.request.Request(f"{endpoint}/moto-api/reset-auth", data=allowed.encode(), headers=kind)
+    urllib.request.urlopen(request, timeout=10).close()
 
 
 def test_memory_is_bounded() -> None:
