@@ -44,6 +44,10 @@ class SnapshotError(BootError):
     """The snapshot is not what its manifest says; the message names the file."""
 
 
+class SourceError(BootError):
+    """A snapshot cannot be had from where it is; the message names the setting or option and the place."""
+
+
 class EngineBootError(BootError):
     """vLLM refused the model or its arguments."""
 

@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
 from coldsnap.engine import EngineInfo, Fit
 from coldsnap.settings import Settings
+from coldsnap.sources import Kind
 
 LEDGER = "ledger.jsonl"
 
@@ -47,7 +48,11 @@ class Record(BaseModel):
 
 
 class ColdStart(Record):
-    """One boot: `phases` add up to `seconds`, process start to ready. `beside` ran beside them."""
+    """One boot: `phases` add up to `seconds`, process start to ready. `beside` ran beside them.
+
+    `source` is where the model was found; `verified` that every file's BLAKE3 digest was compared with a manifest.
+    `fetched_bytes` came over the network at `fetch_gb_per_second` (1e9 bytes); null where vLLM downloads itself.
+    """
 
     record: Literal["cold_start"] = "cold_start"
     boot: Literal["fresh"] = "fresh"
@@ -55,6 +60,10 @@ class ColdStart(Record):
     phases: dict[str, float]
     beside: dict[str, float]
     snapshot_bytes: int | None
+    source: Kind
+    verified: bool
+    fetched_bytes: int | None
+    fetch_gb_per_second: float | None
     model: str
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from coldsnap.errors import SettingsError
+from coldsnap.s3 import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 """The clone, or the image's /app: the folder that holds handler.py."""
@@ -22,6 +23,10 @@ _LOCAL_WORKER = "local"
 
 def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _snapshot_place(value: Any) -> Any:
+    return Place.parse(value, "SNAPSHOT_S3_URI") if isinstance(value, str) else value
 
 
 class Settings(BaseModel):
@@ -41,6 +46,21 @@ class Settings(BaseModel):
         None,
         alias="MODEL_NAME",
         description="A snapshot folder, or the hub repository that the snapshot must have been baked from.",
+    )
+    snapshot_s3_uri: Annotated[Place | None, BeforeValidator(_snapshot_place)] = Field(
+        None,
+        alias="SNAPSHOT_S3_URI",
+        description="`s3://bucket/prefix` that a snapshot was pushed to; fetched unless volume or disk has it.",
+    )
+    snapshot_volume: Path = Field(
+        Path("/runpod-volume"),
+        alias="SNAPSHOT_VOLUME",
+        description="The network volume: snapshots in its `coldsnap/`, the platform's in `huggingface-cache/`.",
+    )
+    snapshot_cache: Path = Field(
+        ROOT / ".coldsnap" / "snapshots",
+        alias="SNAPSHOT_CACHE",
+        description="Where fetched snapshots are put if there is no network volume.",
     )
     snapshot_verify: Literal["full", "size"] = Field(
         "full",
@@ -134,7 +154,7 @@ class Settings(BaseModel):
             name, *aliases = reversed(_variables(field))
             also = f" (also `{aliases[0]}`)" if aliases else ""
             default = field.default
-            if isinstance(default, Path):
+            if isinstance(default, Path) and default.is_relative_to(ROOT):
                 default = f"`{default.relative_to(ROOT)}/` in the clone"
             elif isinstance(default, bool):
                 default = str(default).lower()
@@ -149,20 +169,13 @@ class Settings(BaseModel):
         return self.job_url is not None
 
     def snapshot(self) -> Path | None:
-        """Return the folder to boot from; None means the hub, which only ALLOW_HUB=true permits."""
+        """Return the folder that the settings name themselves; None if the snapshot has to be looked for."""
         if self.snapshot_dir is not None:
             return self.snapshot_dir.absolute()
         if self.model_name is None:
-            return ROOT / "snapshots" / "demo"
+            return None if self.snapshot_s3_uri else ROOT / "snapshots" / "demo"
         folder = Path(self.model_name)
-        if folder.is_dir():
-            return folder.absolute()
-        if not self.allow_hub:
-            raise SettingsError(
-                f"MODEL_NAME: {self.model_name!r} is not a folder here; set it to a baked snapshot's folder, "
-                f"or set ALLOW_HUB=true to download the model at boot"
-            )
-        return None
+        return folder.absolute() if folder.is_dir() else None
 
 
 def _variables(field: Any) -> list[str]:

@@ -21,7 +21,10 @@ COMMON = {
     "schema_version", "time", "monotonic", "worker_id", "endpoint_id", "gpu", "gpu_count", "snapshot_digest", "vllm",
     "record",
 }  # fmt: skip
-COLD_START = COMMON | {"boot", "seconds", "phases", "beside", "snapshot_bytes", "model"}
+COLD_START = COMMON | {
+    "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
+    "fetch_gb_per_second", "model",
+}  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens", "queue_seconds",
     "ttft_seconds", "itl_seconds", "duration_seconds", "finish_reason", "error", "gpu_seconds",
@@ -52,6 +55,8 @@ async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> No
     first = worker.records()[0]
     assert first["snapshot_digest"] == MANIFEST.digest
     assert first["snapshot_bytes"] == MANIFEST.size
+    assert (first["source"], first["verified"]) == ("image", True)
+    assert (first["fetched_bytes"], first["fetch_gb_per_second"]) == (0, None)
     assert (first["worker_id"], first["endpoint_id"]) == ("worker-1", worker.plane.endpoint_id)
     assert (first["gpu"], first["gpu_count"]) == ("cpu", 1)
     assert first["vllm"]

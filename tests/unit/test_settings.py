@@ -14,6 +14,9 @@ from coldsnap.settings import ROOT, Settings
 NAMES = {
     "SNAPSHOT_DIR": "/s",
     "MODEL_NAME": "org/model",
+    "SNAPSHOT_S3_URI": "s3://bucket/prefix",
+    "SNAPSHOT_VOLUME": "/volume",
+    "SNAPSHOT_CACHE": "/cache",
     "SNAPSHOT_VERIFY": "size",
     "ALLOW_HUB": "true",
     "SERVED_MODEL_NAME": "a, b",
@@ -34,6 +37,9 @@ def test_every_variable_is_read() -> None:
     assert Settings.read(NAMES).model_dump() == {
         "snapshot_dir": Path("/s"),
         "model_name": "org/model",
+        "snapshot_s3_uri": {"bucket": "bucket", "prefix": "prefix/"},
+        "snapshot_volume": Path("/volume"),
+        "snapshot_cache": Path("/cache"),
         "snapshot_verify": "size",
         "allow_hub": True,
         "served_model_name": ("a", "b"),
@@ -172,12 +178,14 @@ class TestSnapshot:
         settings = Settings.read({"SNAPSHOT_DIR": "/s", "MODEL_NAME": str(tmp_path)})
         assert settings.snapshot() == Path("/s")
 
-    def test_a_hub_name_needs_permission(self) -> None:
-        with pytest.raises(SettingsError, match=r"^MODEL_NAME: 'org/model' .*ALLOW_HUB=true"):
-            Settings.read({"MODEL_NAME": "org/model"}).snapshot()
+    @pytest.mark.parametrize("other", [{}, {"ALLOW_HUB": "true"}])
+    def test_a_hub_name_has_to_be_looked_for(self, other: dict[str, str]) -> None:
+        assert Settings.read({"MODEL_NAME": "org/model", **other}).snapshot() is None
 
-    def test_with_permission_a_hub_name_means_no_snapshot(self) -> None:
-        assert Settings.read({"MODEL_NAME": "org/model", "ALLOW_HUB": "true"}).snapshot() is None
+    def test_a_bucket_takes_the_place_of_the_demo(self) -> None:
+        settings = Settings.read({"SNAPSHOT_S3_URI": "s3://bucket/prefix"})
+        assert settings.snapshot() is None
+        assert str(settings.snapshot_s3_uri) == "s3://bucket/prefix/"
 
     def test_permission_alone_still_boots_the_demo(self) -> None:
         assert Settings.read({"ALLOW_HUB": "true"}).snapshot() == ROOT / "snapshots" / "demo"
