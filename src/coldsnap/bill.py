@@ -26,7 +26,8 @@ class Bill:
     """One job's marginal cost: its share of the engine's steps, without cold start and idle time.
 
     GPU-seconds are the engine's seconds times its GPUs. `usd` and `price_per_second` are None where the GPU's
-    price is not known. `estimated`: an equal split by time, or some step's report was lost.
+    price is not known, `joules` where the GPUs report no energy. `estimated`: an equal split by time, or some
+    step's report was lost.
     """
 
     gpu_seconds: float
@@ -36,6 +37,7 @@ class Bill:
     price_per_second: float | None
     gpu: str
     estimated: bool
+    joules: float | None = None
 
     @classmethod
     def of(cls, meter: Meter, info: EngineInfo, price: Price) -> Bill:
@@ -50,11 +52,15 @@ class Bill:
             price_per_second=price.per_second,
             gpu=info.gpu,
             estimated=meter.estimated,
+            joules=None if meter.joules is None else round(meter.joules, 6),
         )
 
     def fields(self) -> dict[str, Any]:
         """Return the bill as the `cost` of an answer."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.joules is None:
+            del fields["joules"]
+        return fields
 
 
 def in_answer(answer: Any, bill: Callable[[], Bill]) -> Any:

@@ -76,6 +76,11 @@ class Jobs:
         finally:
             self._end(paced)
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a job."""
+        return bool(self._running)
+
     def stop(self, reason: ColdsnapError) -> None:
         """End every running job with `reason`."""
         self._reason = reason
@@ -205,6 +210,7 @@ class Jobs:
             gpu_seconds=cost.gpu_seconds,
             prefill_gpu_seconds=cost.prefill_gpu_seconds,
             decode_gpu_seconds=cost.decode_gpu_seconds,
+            joules=cost.joules,
             usd=cost.usd,
             price_per_second=cost.price_per_second,
             estimated=cost.estimated,

@@ -48,6 +48,10 @@ def test_gpu_seconds_are_those_of_all_gpus() -> None:
     }
 
 
+def test_joules_are_there_where_they_were_measured() -> None:
+    assert Bill.of(Meter(gpu_seconds=0.5, joules=12.3456789), INFO, Price(None, "")).fields()["joules"] == 12.345679
+
+
 @pytest.mark.parametrize(
     "texts",
     [
