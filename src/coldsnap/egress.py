@@ -49,6 +49,8 @@ class Egress:
         self._stream_url = stream_url
         self._done_url = done_url
         self._log = log
+        self.posts = 0
+        """Chunks and results that the platform has taken."""
 
     async def handle_job(self, session: aiohttp.ClientSession, _config: object, job: dict[str, Any]) -> None:
         """Run one job and post everything that it yields, then its result."""
@@ -97,6 +99,7 @@ class Egress:
                 async with session.post(url, data=body, headers=headers, timeout=_TIMEOUT) as response:
                     status = response.status
                 if status < 400:  # noqa: PLR2004 -- HTTP
+                    self.posts += 1
                     return
                 complaint = f"HTTP {status}"
                 if status < 500 and status != _TOO_MANY:  # noqa: PLR2004 -- the same body will not be taken later

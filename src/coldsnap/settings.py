@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from coldsnap.errors import SettingsError
+from coldsnap.s3 import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 """The clone, or the image's /app: the folder that holds handler.py."""
@@ -22,6 +24,16 @@ _LOCAL_WORKER = "local"
 
 def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _ledger_place(value: Any) -> Any:
+    return Place.parse(value, "LEDGER_S3_URI") if isinstance(value, str) else value
+
+
+def _push_url(value: str | None) -> str | None:
+    if value is not None and not (urlsplit(value).scheme in {"http", "https"} and urlsplit(value).hostname):
+        raise ValueError("expected http://host:port or https://host:port")
+    return value
 
 
 class Settings(BaseModel):
@@ -81,6 +93,24 @@ class Settings(BaseModel):
         ROOT / ".coldsnap",
         alias="COLDSNAP_LEDGER_DIR",
         description="Folder of ledger.jsonl, the cold-start and request records.",
+    )
+    ledger_s3_uri: Annotated[Place | None, BeforeValidator(_ledger_place)] = Field(
+        None,
+        alias="LEDGER_S3_URI",
+        description="`s3://bucket/prefix` that workers on the platform send their records to; AWS_* as boto3 has it.",
+    )
+    ledger_flush_seconds: float = Field(
+        60.0,
+        alias="LEDGER_FLUSH_SECONDS",
+        ge=1,
+        le=3600,
+        description="Least time between two uploads of a busy worker. One that is idle or ends sends at once.",
+    )
+    metrics_push_url: Annotated[str | None, AfterValidator(_push_url)] = Field(
+        None,
+        alias="METRICS_PUSH_URL",
+        repr=False,
+        description="A Pushgateway that the worker pushes its Prometheus metrics to: `https://[user:password@]host`.",
     )
     cost_in_response: bool = Field(
         True,
