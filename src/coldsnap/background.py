@@ -30,13 +30,16 @@ class Background:
         """Ask for `work` now, without waiting for it."""
         self._asked.set()
 
-    def end(self, within: float) -> bool:
-        """Have the last `work` done; return whether it was within so many seconds."""
-        if not self._thread.ident:
-            return True
+    def stop(self) -> None:
+        """Ask for the last `work`, without waiting for it."""
         self.ending = True
         self._asked.set()
-        self._thread.join(max(0.0, within))
+
+    def end(self, within: float) -> bool:
+        """Have the last `work` done; return whether it was within so many seconds."""
+        self.stop()
+        if self._thread.ident:
+            self._thread.join(max(0.0, within))
         return not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -146,7 +146,9 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             found = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
-            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {found!r:.200}") from error
+            secret = {name for field in cls.model_fields.values() if not field.repr for name in _variables(field)}
+            shown = "another value" if first["loc"][0] in secret else f"{found!r:.200}"
+            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {shown}") from error
 
     @classmethod
     def others(cls, environ: Mapping[str, str]) -> dict[str, str]:

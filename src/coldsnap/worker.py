@@ -114,6 +114,8 @@ class _Worker:
         self._life.end()
         deadline = time.monotonic() + _LAST_SENDS_SECONDS
         for sender in self._senders:
+            sender.stop()
+        for sender in self._senders:
             sender.end(deadline - time.monotonic())
         if self._dead is not None:
             _say(f"{self._dead.message}; the worker ends")
