@@ -80,13 +80,14 @@ def shares(step: Step, coefficients: Floats) -> Floats:
     a, b, c, d = coefficients
     new = step.new
     common = (a / len(new) + d * step.attention) / new
-    phi = step.tokens * (np.array([b, c, b]) + common[:, None])
+    phi: Floats = common[:, None] + np.array([b, c, b])
+    phi *= step.tokens
     total = phi.sum()
     if not total > 0:  # a step that the model calls free
         phi = step.tokens / new[:, None]
         total = phi.sum()
-    result: Floats = phi * ((step.end - step.start) / total)
-    return result
+    phi *= (step.end - step.start) / total
+    return phi
 
 
 class Ledger:
