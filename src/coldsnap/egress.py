@@ -51,6 +51,8 @@ class Egress:
         self._done_url = done_url
         self._log = log
         self._poster = Poster()
+        self.posts = 0
+        """Chunks and results that the platform has taken."""
 
     async def handle_job(self, session: aiohttp.ClientSession, _config: object, job: dict[str, Any]) -> None:
         """Run one job and post everything that it yields, then its result. Of the session only headers are used."""
@@ -93,6 +95,7 @@ class Egress:
             try:
                 status = await self._poster.post(url, headers, body)
                 if status < 300:  # noqa: PLR2004 -- HTTP
+                    self.posts += 1
                     return
                 complaint = f"HTTP {status}"
                 if status < 500 and status != _TOO_MANY:  # noqa: PLR2004 -- the same body will not be taken later

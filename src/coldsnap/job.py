@@ -74,6 +74,11 @@ class Jobs:
         finally:
             self._end(relay)
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a job."""
+        return bool(self._running)
+
     def stop(self, reason: ColdsnapError) -> None:
         """End every running job with `reason`."""
         self._reason = reason
@@ -199,6 +204,7 @@ class Jobs:
             prefill_gpu_seconds=cost.prefill_gpu_seconds,
             decode_gpu_seconds=cost.decode_gpu_seconds,
             mean_batch=round(meter.batch / meter.steps, 3) if meter.steps else None,
+            joules=cost.joules,
             usd=cost.usd,
             price_per_second=cost.price_per_second,
             estimated=cost.estimated,

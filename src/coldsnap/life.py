@@ -8,6 +8,7 @@ from collections.abc import Callable
 from coldsnap import prices, timeline
 from coldsnap.books import Books
 from coldsnap.boot import Booted
+from coldsnap.engine import Usage
 from coldsnap.records import ColdStart, Sink, Worker, origin
 
 _EVERY_SECONDS = 10.0
@@ -27,6 +28,7 @@ class Life:
         self._books: Books | None = None
         self._written = 0.0
         self._steps = 0
+        self._at_ready = Usage()
 
     def ready(self) -> ColdStart:
         """Write the cold start and open the books: what has run so far was part of it."""
@@ -34,7 +36,8 @@ class Life:
         self._sink.write(record)
         self._written = self._clock()
         ready = self._started + self._booted.timeline.total
-        self._books = Books(self._started, ready, self._booted.engine.usage())
+        self._at_ready = self._booted.engine.usage()
+        self._books = Books(self._started, ready, self._at_ready)
         return record
 
     def drain(self) -> None:
@@ -59,7 +62,7 @@ class Life:
         engine, settings = self._booted.engine, self._booted.settings
         usage = engine.usage()
         totals = books.totals(now, usage)
-        gpus = engine.info.gpu_count
+        gpus, tally = engine.info.gpu_count, self._sink.tally
         self._written, self._steps = now, usage.steps
 
         def gpu_seconds(seconds: float) -> float:
@@ -76,18 +79,27 @@ class Life:
                 idle_gpu_seconds=gpu_seconds(totals.idle),
                 drain_gpu_seconds=gpu_seconds(totals.drain),
                 overhead_causes={cause: gpu_seconds(each) for cause, each in totals.causes.items()},
+                joules=_since(self._at_ready.joules, usage.joules),
+                request_joules=_since(self._at_ready.request_joules, usage.request_joules),
                 billed_seconds=totals.billed,
                 usd=self.price.usd(totals.billed * gpus),
                 price_per_second=self.price.per_second,
-                requests=self._sink.tally.requests,
-                prompt_tokens=self._sink.tally.prompt_tokens,
-                cached_tokens=self._sink.tally.cached_tokens,
-                completion_tokens=self._sink.tally.completion_tokens,
+                requests=tally.requests,
+                prompt_tokens=tally.prompt_tokens,
+                cached_tokens=tally.cached_tokens,
+                completion_tokens=tally.completion_tokens,
                 steps=usage.steps,
                 lost_steps=usage.lost_steps,
                 metering_seconds=round(usage.metering, 6),
+                unwritten_records=tally.unwritten,
+                unsent_records=tally.unsent,
+                failed_uploads=tally.failed_uploads,
                 estimated=usage.estimated is not None,
                 estimated_because=usage.estimated,
                 fit=usage.fit,
             )
         )
+
+
+def _since(before: float | None, now: float | None) -> float | None:
+    return None if now is None else round(now - (before or 0.0), 6)

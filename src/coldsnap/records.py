@@ -5,7 +5,10 @@ Prompts and completions are never recorded. `python -m coldsnap.records` prints 
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +79,7 @@ class Request(Record):
     engine has let go of it. `mean_batch` is how many requests shared a step of the engine with it, itself
     included, as the mean over its steps; null if none was seen. `estimated` if the share is an equal split by
     time, or a step's report was lost. `fit` is the model of a step that the shares go by.
+    `joules` is the job's share of the energy that the GPUs report, by its seconds; null where they report none.
     """
 
     record: Literal["request"] = "request"
@@ -96,6 +100,7 @@ class Request(Record):
     prefill_gpu_seconds: float
     decode_gpu_seconds: float
     mean_batch: float | None
+    joules: float | None
     usd: float | None
     price_per_second: float | None
     estimated: bool
@@ -107,8 +112,10 @@ class Worker(Record):
 
     `gpu_seconds` is the sum of the five below it: up to ready, requests' shares, what the engine ran for
     nobody (by cause), waiting for jobs, and waiting after SIGTERM. `billed_seconds` is the worker's life
-    rounded up; `usd` its price: an estimate. `metering_seconds`, inside the engine's steps, went into
-    measuring them.
+    rounded up; `usd` its price: an estimate. `joules` is what the GPUs report since ready, `request_joules` what of
+    it was requests'; null where they report none. `metering_seconds`, inside the engine's steps, went into
+    measuring them. `unwritten_records` reached stdout but no disk. `unsent_records` of this worker wait on disk
+    for the bucket after `failed_uploads`, null without `LEDGER_S3_URI`.
     """
 
     record: Literal["worker"] = "worker"
@@ -120,6 +127,8 @@ class Worker(Record):
     idle_gpu_seconds: float
     drain_gpu_seconds: float
     overhead_causes: dict[str, float]
+    joules: float | None
+    request_joules: float | None
     billed_seconds: int
     usd: float | None
     price_per_second: float | None
@@ -130,6 +139,9 @@ class Worker(Record):
     steps: int
     lost_steps: int
     metering_seconds: float
+    unwritten_records: int
+    unsent_records: int | None
+    failed_uploads: int
     estimated: bool
     estimated_because: str | None
     fit: Fit | None
@@ -158,12 +170,17 @@ def schema() -> str:
 
 @dataclass(slots=True)
 class Tally:
-    """Totals of the request records written."""
+    """Totals of the request records written, and what became of all records."""
 
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    unwritten: int = 0
+    """Records that the ledger's disk did not take."""
+    unsent: int | None = None
+    """Records that wait for a bucket after an upload that failed, None if there is no bucket."""
+    failed_uploads: int = 0
 
     def add(self, record: Request) -> None:
         """Count one."""
@@ -179,28 +196,55 @@ class Sink:
     def __init__(self, folder: Path, echo: Callable[[str], None]) -> None:
         self._path = folder / LEDGER
         self._echo = echo
-        self.unwritten = 0
+        self._turning = threading.Lock()
+        self._torn = False
+        self.lines = 0
+        """Records in the file that is being written to."""
         self.tally = Tally()
+        self.watchers: list[Callable[[Record], None]] = []
+        """Called with every record, in the thread that writes it."""
+
+    def turn(self, path: Path) -> int:
+        """Write into `path` from now on; return how many records the file until now has got.
+
+        Once this has returned nothing is written to that file any more. May be called from any thread.
+        """
+        with self._turning:
+            lines, self._path, self.lines, self._torn = self.lines, path, 0, False
+        return lines
 
     def write(self, record: Record) -> None:
         """Append `record` to the ledger and echo its line."""
         if isinstance(record, Request):
             self.tally.add(record)
-        line = orjson.dumps(record.model_dump(mode="json")).decode()
-        self._echo(line)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab", buffering=0) as file:
-                file.write(line.encode() + b"\n")
-        except OSError as error:
-            if not self.unwritten:
-                print(  # noqa: T201
-                    f"coldsnap: COLDSNAP_LEDGER_DIR: {self._path} cannot be written ({error.strerror}); "
-                    "records go to stdout only",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self.unwritten += 1
+        for watcher in self.watchers:
+            watcher(record)
+        line = orjson.dumps(record.model_dump(mode="json"))
+        self._echo(line.decode())
+        with self._turning:
+            try:
+                self._append(line + b"\n")
+            except OSError as error:
+                if not self.tally.unwritten:
+                    print(  # noqa: T201
+                        f"coldsnap: COLDSNAP_LEDGER_DIR: {self._path} cannot be written ({error.strerror}); "
+                        "records go to stdout only",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                self.tally.unwritten += 1
+            else:
+                self.lines += 1
+
+    def _append(self, line: bytes) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab", buffering=0) as file:
+            if self._torn:  # a disk that was full took the beginning of a line: it must not spoil the next
+                line = b"\n" + line
+            written = file.write(line)
+        self._torn = 0 < written < len(line)
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from coldsnap.errors import SettingsError
 from coldsnap.s3 import Place
@@ -27,6 +28,16 @@ def _names(value: Any) -> Any:
 
 def _snapshot_place(value: Any) -> Any:
     return Place.parse(value, "SNAPSHOT_S3_URI") if isinstance(value, str) else value
+
+
+def _ledger_place(value: Any) -> Any:
+    return Place.parse(value, "LEDGER_S3_URI") if isinstance(value, str) else value
+
+
+def _push_url(value: str | None) -> str | None:
+    if value is not None and not (urlsplit(value).scheme in {"http", "https"} and urlsplit(value).hostname):
+        raise ValueError("expected http://host:port or https://host:port")
+    return value
 
 
 class Settings(BaseModel):
@@ -102,6 +113,24 @@ class Settings(BaseModel):
         alias="COLDSNAP_LEDGER_DIR",
         description="Folder of ledger.jsonl, the cold-start and request records.",
     )
+    ledger_s3_uri: Annotated[Place | None, BeforeValidator(_ledger_place)] = Field(
+        None,
+        alias="LEDGER_S3_URI",
+        description="`s3://bucket/prefix` that workers on the platform send their records to; AWS_* as boto3 has it.",
+    )
+    ledger_flush_seconds: float = Field(
+        60.0,
+        alias="LEDGER_FLUSH_SECONDS",
+        ge=1,
+        le=3600,
+        description="Least time between two uploads of a busy worker. One that is idle or ends sends at once.",
+    )
+    metrics_push_url: Annotated[str | None, AfterValidator(_push_url)] = Field(
+        None,
+        alias="METRICS_PUSH_URL",
+        repr=False,
+        description="A Pushgateway that the worker pushes its Prometheus metrics to: `https://[user:password@]host`.",
+    )
     cost_in_response: bool = Field(
         True,
         alias="COST_IN_RESPONSE",
@@ -136,7 +165,9 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             found = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
-            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {found!r:.200}") from error
+            secret = {name for field in cls.model_fields.values() if not field.repr for name in _variables(field)}
+            shown = "another value" if first["loc"][0] in secret else f"{found!r:.200}"
+            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {shown}") from error
 
     @classmethod
     def others(cls, environ: Mapping[str, str]) -> dict[str, str]:

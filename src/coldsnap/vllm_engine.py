@@ -36,6 +36,7 @@ from coldsnap.pace import Pace, PacedQueue
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
+    from coldsnap.energy import EnergyCounters
 
 _METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
 _CALLS: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
@@ -174,7 +175,8 @@ def boot(
     # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
     # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
     environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    accounts = Accounts(Ledger(StepModel(*_sizes(config))), _unmetered(config), warn)
+    energy = _energy(config.parallel_config, warn)
+    accounts = Accounts(Ledger(StepModel(*_sizes(config))), _unmetered(config), warn, energy=energy)
     if accounts.reader is not None:
         config.scheduler_config.scheduler_cls = step_meter.FACTORY
         environ[step_meter.VARIABLE] = accounts.reader.path
@@ -190,6 +192,8 @@ def boot(
         gc.enable()
         if accounts.reader is not None:
             accounts.reader.opened()
+    if energy is not None:
+        energy.start()
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
@@ -293,6 +297,7 @@ class VllmEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._llm.shutdown()
+        self._accounts.end()
 
     async def _application(self) -> Any:
         if self._app is None:
@@ -415,6 +420,18 @@ def _unmetered(config: Any) -> str | None:
     if config.parallel_config.data_parallel_size > 1:
         return "it has several cores, whose steps overlap"
     return None
+
+
+def _energy(parallel: Any, warn: Callable[[str], None]) -> EnergyCounters | None:
+    """Return the energy counters of the engine's GPUs, None without an NVIDIA GPU."""
+    from vllm.platforms import current_platform
+
+    from coldsnap.energy import EnergyCounters
+
+    if not current_platform.is_cuda():
+        return None
+    devices = [current_platform.device_id_to_physical_device_id(i) for i in range(parallel.world_size)]
+    return EnergyCounters(devices, warn)
 
 
 def _sizes(config: Any) -> tuple[float, float]:

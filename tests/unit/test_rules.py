@@ -47,7 +47,8 @@ def test_the_modules_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "module"), [("vllm", "vllm_engine"), ("torch", "vllm_engine"), ("runpod", "worker"), ("boto3", "s3")]
+    ("package", "module"),
+    [("vllm", "vllm_engine"), ("torch", "vllm_engine"), ("runpod", "worker"), ("boto3", "s3"), ("pynvml", "energy")],
 )
 def test_a_foreign_package_has_one_border(package: str, module: str | None) -> None:
     assert importers(package) == ([module] if module else [])
@@ -59,10 +60,22 @@ def test_a_border_that_moves_into_another_module_is_noticed() -> None:
 
 
 def test_no_module_is_slow_to_import() -> None:
-    after_vllm = {"accounts", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
+    after_vllm = {"accounts", "energy", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
     ours = OURS.keys() - after_vllm - DESK
     names = [f"coldsnap.{name.replace('/', '.')}" for name in ours if not name.endswith("__init__")]
-    slow = ("vllm", "torch", "transformers", "runpod", "fastapi", "rich", "numpy", "uvloop", "boto3")
+    slow = (
+        "vllm",
+        "torch",
+        "transformers",
+        "runpod",
+        "fastapi",
+        "rich",
+        "numpy",
+        "uvloop",
+        "boto3",
+        "prometheus_client",
+        "pynvml",
+    )
     code = (
         f"import sys, importlib; [importlib.import_module(name) for name in {names}];"
         f"print([name for name in {slow} if name in sys.modules])"
