@@ -222,11 +222,12 @@ async def main() -> None:
 
                 folder = Settings.read(os.environ).snapshot()
                 assert folder is not None
-                arguments = {k.upper(): str(v) for k, v in snapshot.load_manifest(folder).engine_args.items()}
-                env = common | theirs.environment() | vllm_engine.environment(os.environ) | arguments
+                baked = snapshot.load_manifest(folder).engine_args
+                arguments = {k.upper(): str(v) for k, v in baked.items()}
+                env = common | theirs.environment() | vllm_engine.environment(os.environ, baked) | arguments
                 env |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
                 env |= {"PATH": f"{scratch}:{env['PATH']}"}
-                for name in ("OMP_NUM_THREADS",):  # a fork's need; the peer spawns
+                for name in ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"):  # for a fork, and our choice; the peer spawns
                     env.pop(name, None)
                 peer = await start(
                     peer_command(args.peer, scratch), env, scratch / "peer.log", stdout=subprocess.DEVNULL

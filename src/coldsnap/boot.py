@@ -64,10 +64,11 @@ def boot(
         snapshot.verify(folder, manifest, "size")
         check = _beside(lambda: snapshot.verify(folder, manifest, settings.snapshot_verify), "verify")
     others = Settings.others(environ)
-    environ.update(vllm_engine.environment(environ) | _offline(settings, folder))
+    baked = manifest.engine_args if manifest else {}
+    environ.update(vllm_engine.environment(environ, baked) | _offline(settings, folder))
     timeline.mark("settings")
 
-    vllm_engine.load()
+    vllm_engine.load(environ)
     timeline.mark("import_vllm")
     if check is not None:
         timeline.beside["read_snapshot"] = check.result()
@@ -78,7 +79,7 @@ def boot(
     engine = vllm_engine.boot(
         model=str(folder or settings.model_name),
         fixed={"served_model_name": names} if names else {},
-        manifest=manifest.engine_args if manifest else {},
+        manifest=baked,
         environ=environ,
         engine_environ=others,
         digest=manifest.digest if manifest else None,
