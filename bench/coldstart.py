@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 
@@ -89,6 +89,11 @@ def cpu_seconds(group: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def start(command: list[str], env: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own: a session of its own would be given a share of the processors."""
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=log, process_group=0)
+
+
 def stop(process: subprocess.Popen[bytes]) -> float:
     """Send SIGTERM, wait for the end, leave nothing of the group; return the seconds it took."""
     begun = time.monotonic()
@@ -112,10 +117,7 @@ async def ours(home: Path, log: Path, *, steady: bool) -> Boot:
         env = base(home) | plane.environment() | {"COLDSNAP_LEDGER_DIR": str(folder)}
         with log.open("wb") as out:
             begun = time.monotonic()
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / "handler.py")], env=env, stdout=subprocess.DEVNULL, stderr=out,
-                process_group=0,
-            )  # fmt: skip
+            process = start([sys.executable, str(ROOT / "handler.py")], env, out)
         try:
             worker = await plane.wait_for_worker(180)
             await job.result(60)
@@ -147,13 +149,12 @@ async def theirs(home: Path, log: Path, *, steady: bool) -> Boot:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *arguments]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += arguments
     with log.open("wb") as out:
         begun = time.monotonic()
-        process = subprocess.Popen(
-            [*command, "--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log"], env=base(home),
-            stdout=subprocess.DEVNULL, stderr=out, process_group=0,
-        )  # fmt: skip
+        command += ["--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log"]
+        process = start(command, base(home), out)
     url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-_SHARED = re.compile(r"/dev/shm/psm_\w+")
+_SHARED = re.compile(r"/dev/shm/psm_\w+")  # noqa: S108 -- Python chooses the place
 """Python's own names for shared memory."""
 
 
