@@ -21,6 +21,8 @@ from coldsnap.settings import Settings
 
 LEDGER = "ledger.jsonl"
 
+Boot = Literal["fresh", "revived", "warm"]
+
 
 def _now() -> datetime:
     return datetime.now(UTC)
@@ -47,10 +49,16 @@ class Record(BaseModel):
 
 
 class ColdStart(Record):
-    """One boot: `phases` add up to `seconds`, process start to ready. `beside` ran beside them."""
+    """One boot: `phases` add up to `seconds`, process start to ready. `beside` ran beside them.
+
+    A `revived` worker went through none: its process was frozen, suspended or restored (`revival`) and was away
+    for `away_seconds`, which its books leave out.
+    """
 
     record: Literal["cold_start"] = "cold_start"
-    boot: Literal["fresh"] = "fresh"
+    boot: Boot = "fresh"
+    revival: Literal["frozen", "suspended", "restored"] | None = None
+    away_seconds: float = 0.0
     seconds: float
     phases: dict[str, float]
     beside: dict[str, float]
@@ -70,6 +78,7 @@ class Request(Record):
 
     record: Literal["request"] = "request"
     job_id: str
+    boot: Boot = "warm"
     route: str
     model: str
     stream: bool
@@ -139,6 +148,11 @@ def origin(settings: Settings, info: EngineInfo) -> dict[str, Any]:
     }
 
 
+def stamps() -> dict[str, Any]:
+    """Return the fields that say when a record was written."""
+    return {"time": _now(), "monotonic": round(time.monotonic(), 6)}
+
+
 def schema() -> str:
     """Return the JSON Schema of a line of the ledger."""
     found = TypeAdapter(Line).json_schema(mode="serialization")
@@ -170,11 +184,22 @@ class Sink:
         self._echo = echo
         self.unwritten = 0
         self.tally = Tally()
+        self._boot: Boot = "fresh"
+        self.on_job: Callable[[], None] = lambda: None
+        """Called as a job arrives: it may be what the worker was revived for."""
+
+    def next_job(self) -> Boot:
+        """Return how the worker came to a job that has just arrived."""
+        self.on_job()
+        boot, self._boot = self._boot, "warm"
+        return boot
 
     def write(self, record: Record) -> None:
         """Append `record` to the ledger and echo its line."""
         if isinstance(record, Request):
             self.tally.add(record)
+        elif isinstance(record, ColdStart):
+            self._boot = record.boot
         line = orjson.dumps(record.model_dump(mode="json")).decode()
         self._echo(line)
         try:

@@ -14,7 +14,7 @@ from coldsnap.boot import Booted, boot
 from coldsnap.egress import Egress
 from coldsnap.errors import BootError, ColdsnapError, Draining
 from coldsnap.job import Jobs
-from coldsnap.life import Life
+from coldsnap.life import TICK_SECONDS, Life
 from coldsnap.records import Sink
 from coldsnap.settings import Settings
 from coldsnap.timeline import Timeline
@@ -26,7 +26,6 @@ _SDK_ENVIRONMENT: Mapping[str, str] = {
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
 }
-_WATCH_SECONDS = 1.0
 
 
 def main() -> int:
@@ -121,7 +120,7 @@ class _Worker:
     async def watch(self) -> None:
         """End the worker when the engine's process dies, also while no job would notice."""
         while True:
-            await asyncio.sleep(_WATCH_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
             try:
                 self._booted.engine.check()
             except ColdsnapError as error:
