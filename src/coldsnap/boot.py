@@ -1,6 +1,6 @@
 """A worker's life up to ready, in the order it happens.
 
-environment -> settings -> snapshot (hashed beside the import) -> vLLM's import -> engine -> warm-up -> ready
+environment -> settings -> fitness and snapshot (beside the import) -> vLLM's import -> engine -> warm-up -> ready
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from coldsnap import snapshot, vllm_engine
+from coldsnap import arguments, fitness, snapshot, vllm_engine
 from coldsnap.engine import Engine
 from coldsnap.errors import SettingsError
 from coldsnap.records import ColdStart, origin
@@ -63,6 +64,9 @@ def boot(
         _same_model(settings, manifest)
         snapshot.verify(folder, manifest, "size")
         check = _beside(lambda: snapshot.verify(folder, manifest, settings.snapshot_verify), "verify")
+    needs: dict[str, Any] = {"weights": manifest.size if manifest else 0, "gpu": not vllm_engine.is_cpu_build()}
+    compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
+    fit = _beside(lambda: fitness.check(**needs, ledger=settings.ledger_dir, any_driver=compatible), "fitness")
     others = Settings.others(environ)
     baked = manifest.engine_args if manifest else {}
     environ.update(vllm_engine.environment(environ, baked) | _offline(settings, folder))
@@ -70,6 +74,7 @@ def boot(
 
     vllm_engine.load(environ)
     timeline.mark("import_vllm")
+    timeline.beside["fitness"] = fit.result()
     if check is not None:
         timeline.beside["read_snapshot"] = check.result()
     timeline.mark("verify")

@@ -91,7 +91,7 @@ def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    if _is_cpu_build():
+    if is_cpu_build():
         # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
         # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -106,7 +106,7 @@ def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict
 
 def version() -> str:
     """Return vLLM's version, whichever distribution it came in."""
-    return importlib.metadata.version("vllm-cpu" if _is_cpu_build() else "vllm")
+    return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
 
 
 def load(environ: Mapping[str, str]) -> None:
@@ -519,7 +519,8 @@ def _eager(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> bool:
     return arguments.is_true(given) if given else manifest.get("enforce_eager") is True
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """Return whether this vLLM is the one for processors, which needs no GPU."""
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

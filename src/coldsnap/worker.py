@@ -12,7 +12,7 @@ from typing import Any
 from coldsnap import dispatch, local, vllm_engine
 from coldsnap.boot import Booted, boot
 from coldsnap.egress import Egress
-from coldsnap.errors import BootError, ColdsnapError, Draining
+from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
 from coldsnap.job import Jobs
 from coldsnap.life import TICK_SECONDS, Life
 from coldsnap.records import Sink
@@ -47,6 +47,8 @@ def main() -> int:
         )
     except BootError as error:
         _say(error.message)
+        if isinstance(error, Unfit) and settings.on_platform:
+            _report_unhealthy(error)
         return 1
     try:
         if test_input is None:
@@ -178,7 +180,7 @@ def _run_local(booted: Booted, test_input: str) -> int:
 
 
 def _import_sdk() -> None:
-    cpuinfo = importlib.import_module("cpuinfo")
+    cpuinfo: Any = importlib.import_module("cpuinfo")
     ask = cpuinfo.get_cpu_info
     # A second and two processes, for the processor's name in the SDK's debugger, which takes none for an answer.
     cpuinfo.get_cpu_info = dict
@@ -187,6 +189,12 @@ def _import_sdk() -> None:
     finally:
         cpuinfo.get_cpu_info = ask
     importlib.import_module("uvloop")
+
+
+def _report_unhealthy(error: Unfit) -> None:
+    """Tell the platform, with the ping that the SDK sends when a check of its own fails."""
+    fitness: Any = importlib.import_module("runpod.serverless.modules.rp_fitness")
+    fitness._report_unhealthy(error.check, error.message.removeprefix(f"{error.check}: "))  # noqa: SLF001 -- the SDK has no public name for it
 
 
 def _say(message: str) -> None:
