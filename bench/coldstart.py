@@ -109,17 +109,17 @@ def stop(process: subprocess.Popen[bytes]) -> float:
     return took
 
 
-async def ours(home: Path, log: Path, *, steady: bool) -> Boot:
-    """Boot the worker with one job waiting."""
+async def ours(home: Path, log: Path, *, steady: bool, **more: str) -> Boot:
+    """Boot the worker with one job waiting; `more` are variables for it."""
     async with ControlPlane(poll_seconds=30) as plane:
         job = plane.submit(NATIVE)
         folder = Path(tempfile.mkdtemp(prefix="ledger-", dir=home))
-        env = base(home) | plane.environment() | {"COLDSNAP_LEDGER_DIR": str(folder)}
+        env = base(home) | plane.environment() | {"COLDSNAP_LEDGER_DIR": str(folder)} | more
         with log.open("wb") as out:
             begun = time.monotonic()
             process = start([sys.executable, str(ROOT / "handler.py")], env, out)
         try:
-            worker = await plane.wait_for_worker(180)
+            worker = await plane.wait_for_worker(600)
             await job.result(60)
             assert worker.first_poll is not None
             assert job.timestamps.first_chunk is not None
