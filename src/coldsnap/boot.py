@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, MutableMapping
@@ -66,7 +67,7 @@ def boot(
         check = _beside(lambda: snapshot.verify(folder, manifest, settings.snapshot_verify), "verify")
     needs: dict[str, Any] = {"weights": manifest.size if manifest else 0, "gpu": not vllm_engine.is_cpu_build()}
     compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
-    fit = _beside(lambda: fitness.check(**needs, ledger=settings.ledger_dir, any_driver=compatible), "fitness")
+    fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
     others = Settings.others(environ)
     baked = manifest.engine_args if manifest else {}
     environ.update(vllm_engine.environment(environ, baked) | _offline(settings, folder))

@@ -15,7 +15,7 @@ from typing import Any
 from coldsnap.errors import Unfit
 
 _LEAST_DISK = 100 << 20
-"""Bytes free where the ledger is written."""
+"""Bytes free for temporary files; a ledger that cannot be written ends no worker."""
 _LEAST_MEMORY = 1 << 30
 """Bytes of host memory for Python, vLLM and its processes; on a CPU the weights come on top."""
 _GIGA = 1e9
@@ -23,27 +23,27 @@ _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-run
 
 
 def check(
-    *, weights: int, gpu: bool, ledger: Path, any_driver: bool = False, nvml: Any = None, proc: Path = Path("/proc")
+    *, weights: int, gpu: bool, scratch: Path, any_driver: bool = False, nvml: Any = None, proc: Path = Path("/proc")
 ) -> None:
     """Raise `Unfit`, which names the check and what would help, if the engine could not run here.
 
     `weights` is the snapshot's size in bytes, `gpu` whether this vLLM needs one, `any_driver` whether the image has
     CUDA's forward compatibility; `nvml` stands in for pynvml.
     """
-    _disk(ledger)
+    _disk(scratch)
     _memory(proc, _LEAST_MEMORY + (0 if gpu else weights))
     if gpu:
         _gpus(nvml or importlib.import_module("pynvml"), weights, None if any_driver else _runtime())
 
 
-def _disk(ledger: Path) -> None:
-    folder = next(path for path in (ledger, *ledger.absolute().parents) if path.is_dir())
+def _disk(scratch: Path) -> None:
+    folder = next(path for path in (scratch, *scratch.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     if free < _LEAST_DISK:
         raise Unfit(
             "disk",
-            f"{folder} has {free / _GIGA:.2f} GB free, the records need {_LEAST_DISK / _GIGA:.2f}: "
-            "give the endpoint a larger container disk, or set COLDSNAP_LEDGER_DIR to a volume",
+            f"{folder} has {free / _GIGA:.2f} GB free, temporary files need {_LEAST_DISK / _GIGA:.2f}: "
+            "give the endpoint a larger container disk, or set TMPDIR to a volume",
         )
 
 

@@ -39,7 +39,7 @@ def test_the_cache_has_a_size_that_somebody_chose(
         ({"TORCHDYNAMO_DISABLE": "0"}, {"enforce_eager": True}, False),
     ],
 )
-def test_the_compiler_is_off_for_an_eager_engine(environ: dict[str, str], manifest: dict[str, Any], off: bool) -> None:  # noqa: FBT001
+def test_the_compiler_is_off_for_an_eager_engine(environ: dict[str, str], manifest: dict[str, Any], off: bool) -> None:
     assert ("TORCHDYNAMO_DISABLE" in vllm_engine.environment(environ, manifest)) is off
 
 

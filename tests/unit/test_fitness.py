@@ -24,7 +24,7 @@ def proc(tmp_path: Path) -> Path:
 
 def complaint(proc: Path, nvml: FakeNvml | None = None, weights: int = WEIGHTS) -> Unfit:
     with pytest.raises(Unfit) as caught:
-        fitness.check(weights=weights, gpu=nvml is not None, ledger=proc / "ledger", nvml=nvml, proc=proc)
+        fitness.check(weights=weights, gpu=nvml is not None, scratch=proc / "ledger", nvml=nvml, proc=proc)
     assert isinstance(caught.value, BootError)
     assert nvml is None or nvml.open == 0
     return caught.value
@@ -33,8 +33,8 @@ def complaint(proc: Path, nvml: FakeNvml | None = None, weights: int = WEIGHTS) 
 def test_a_machine_that_has_everything_passes(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_runtime", lambda: (13, 0))
     nvml = FakeNvml()
-    fitness.check(weights=WEIGHTS, gpu=True, ledger=proc / "not" / "there", nvml=nvml, proc=proc)
-    fitness.check(weights=WEIGHTS, gpu=False, ledger=proc, proc=proc)
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc / "not" / "there", nvml=nvml, proc=proc)
+    fitness.check(weights=WEIGHTS, gpu=False, scratch=proc, proc=proc)
     assert nvml.open == 0
 
 
@@ -61,37 +61,37 @@ def test_a_driver_older_than_the_environments_cuda_names_the_fix(proc: Path, mon
 
 def test_forward_compatibility_runs_on_any_driver(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_runtime", lambda: (13, 0))
-    fitness.check(weights=1, gpu=True, ledger=proc, any_driver=True, nvml=FakeNvml(cuda=12020), proc=proc)
+    fitness.check(weights=1, gpu=True, scratch=proc, any_driver=True, nvml=FakeNvml(cuda=12020), proc=proc)
 
 
 def test_a_newer_minor_version_of_the_same_cuda_runs(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_runtime", lambda: (12, 9))
-    fitness.check(weights=WEIGHTS, gpu=True, ledger=proc, nvml=FakeNvml(cuda=12020), proc=proc)
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=FakeNvml(cuda=12020), proc=proc)
 
 
 def test_a_gpu_that_is_taken(proc: Path) -> None:
     error = complaint(proc, FakeNvml(free=[3 << 30, 4 << 30]))
     assert error.check == "gpu_memory"
     assert "7.52 GB free together, the weights alone are 8.59" in error.message
-    fitness.check(weights=WEIGHTS, gpu=True, ledger=proc, nvml=FakeNvml(free=[5 << 30, 5 << 30]), proc=proc)
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=FakeNvml(free=[5 << 30, 5 << 30]), proc=proc)
 
 
 def test_too_little_memory(proc: Path) -> None:
     assert complaint(proc, weights=16 << 30).check == "memory"  # on a CPU the weights are in it
-    fitness.check(weights=16 << 30, gpu=True, ledger=proc, nvml=FakeNvml(), proc=proc)
+    fitness.check(weights=16 << 30, gpu=True, scratch=proc, nvml=FakeNvml(), proc=proc)
 
 
 def test_a_full_disk(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_LEAST_DISK", 1 << 62)
     error = complaint(proc)
     assert error.check == "disk"
-    assert "COLDSNAP_LEDGER_DIR" in error.message
+    assert "TMPDIR" in error.message
 
 
 def test_it_imports_no_torch() -> None:
     code = (
         "import sys, pathlib; from coldsnap import fitness;"
-        "fitness.check(weights=1, gpu=False, ledger=pathlib.Path('.')); print('torch' in sys.modules)"
+        "fitness.check(weights=1, gpu=False, scratch=pathlib.Path('.')); print('torch' in sys.modules)"
     )
     environ = {"PYTHONPATH": str(ROOT / "src")}
     ended = subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
