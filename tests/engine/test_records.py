@@ -23,7 +23,8 @@ COMMON = {
 }  # fmt: skip
 COLD_START = COMMON | {"boot", "revival", "away_seconds", "seconds", "phases", "beside", "snapshot_bytes", "model"}
 REQUEST = COMMON | {
-    "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens", "queue_seconds",
+    "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
+    "queue_seconds",
     "ttft_seconds", "itl_seconds", "duration_seconds", "finish_reason", "error", "gpu_seconds",
     "prefill_gpu_seconds", "decode_gpu_seconds", "usd", "price_per_second", "estimated", "fit",
 }  # fmt: skip
