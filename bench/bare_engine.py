@@ -66,8 +66,8 @@ def main() -> None:
     folder = Settings.read(os.environ).snapshot()
     assert folder is not None
     manifest = snapshot.load_manifest(folder)
-    os.environ.update(vllm_engine.environment(os.environ) | {"HF_HUB_OFFLINE": "1"})
-    vllm_engine.load()
+    os.environ.update(vllm_engine.environment(os.environ, manifest.engine_args) | {"HF_HUB_OFFLINE": "1"})
+    vllm_engine.load(os.environ)
     import uvloop
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -214,11 +214,13 @@ class Ring(contextlib.AsyncExitStack):
 
         folder = Settings.read(os.environ).snapshot()
         assert folder is not None
-        arguments = {k.upper(): str(v) for k, v in snapshot.load_manifest(folder).engine_args.items()}
-        environ = self._environ | plane.environment() | vllm_engine.environment(os.environ) | arguments
+        baked = snapshot.load_manifest(folder).engine_args
+        arguments = {k.upper(): str(v) for k, v in baked.items()}
+        environ = self._environ | plane.environment() | vllm_engine.environment(os.environ, baked) | arguments
         environ |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
         environ |= {"PATH": f"{self.scratch}:{environ['PATH']}"}
-        environ.pop("OMP_NUM_THREADS", None)  # a fork's need; the peer spawns
+        for name in ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"):  # for a fork, and our choice; the peer spawns
+            environ.pop(name, None)
         shim = self.scratch / "vllm"
         shim.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -m vllm.entrypoints.openai.api_server "$@"\n')
         shim.chmod(0o755)

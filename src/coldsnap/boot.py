@@ -1,19 +1,22 @@
 """A worker's life up to ready, in the order it happens.
 
-environment -> settings -> snapshot (fetched, hashed beside the import) -> import of vLLM -> engine -> warm-up -> ready
+environment -> settings -> fitness, snapshot (beside the import) -> import of vLLM -> engine -> warm-up -> ready
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from coldsnap import sources, vllm_engine
+from coldsnap import arguments, fitness, sources, vllm_engine
 from coldsnap.engine import Engine
 from coldsnap.records import ColdStart, origin
 from coldsnap.settings import Settings
@@ -65,14 +68,20 @@ def boot(
     with one sentence; then nothing has been served and no process is left.
     """
     search = sources.search(settings, environ, _warn)
+    known = search.manifest
     found: Future[Supply] = Future()
     finding = _beside(lambda: found.set_result(search.finish()), "snapshot")
+    needs: dict[str, Any] = {"weights": known.size if known else 0, "gpu": not vllm_engine.is_cpu_build()}
+    compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
+    fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
     others = Settings.others(environ)
-    environ.update(vllm_engine.environment(environ) | _offline(settings, offline=search.offline))
+    wanted = vllm_engine.environment(environ, known.engine_args if known else {})
+    environ.update(wanted | _offline(settings, offline=search.offline))
     timeline.mark("settings")
 
-    vllm_engine.load()
+    vllm_engine.load(environ)
     timeline.mark("import_vllm")
+    timeline.beside["fitness"] = fit.result()
     finding.result()  # raises what went wrong
     supply = found.result()
     timeline.beside |= {name: seconds for name, seconds in supply.beside.items() if seconds}

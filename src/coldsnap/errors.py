@@ -36,6 +36,14 @@ class BootError(ColdsnapError):
     survives = False
 
 
+class Unfit(BootError):
+    """The machine cannot run the engine; `check` names what is missing, as the platform is told."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"{check}: {message}")
+        self.check = check
+
+
 class SettingsError(BootError):
     """An environment variable has a wrong value; the message names it."""
 

@@ -91,6 +91,7 @@ class Jobs:
 
     async def _run(self, job: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         arrival = time.monotonic()
+        boot = self._sink.next_job()
         meter = Meter()
         request: Native | Http | None = None
         error: str | None = None
@@ -115,7 +116,8 @@ class Jobs:
                 await meter.settle()
             finally:
                 times = arrival, ended
-                self._sink.write(self._record(str(job.get("id")), request, meter, times, error))
+                record = self._record(str(job.get("id")), request, meter, times, error)
+                self._sink.write(record.model_copy(update={"boot": boot}))
 
     async def _native(self, request: Native, meter: Meter) -> AsyncGenerator[Piece, None]:
         texts: dict[int, list[str]] = {}

@@ -9,8 +9,11 @@ from coldsnap import prices, timeline
 from coldsnap.books import Books
 from coldsnap.boot import Booted
 from coldsnap.engine import Usage
-from coldsnap.records import ColdStart, Sink, Worker, origin
+from coldsnap.records import ColdStart, Sink, Worker, origin, stamps
+from coldsnap.revival import Clocks, Watch
 
+TICK_SECONDS = 1.0
+"""How far apart the calls of `tick` are."""
 _EVERY_SECONDS = 10.0
 _IDLE_SECONDS = 60.0
 """How often the running totals are written while requests run, and while none do."""
@@ -19,13 +22,22 @@ _IDLE_SECONDS = 60.0
 class Life:
     """Writes the cold start when the worker is ready, then its running totals, and the last at the end."""
 
-    def __init__(self, booted: Booted, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        booted: Booted,
+        sink: Sink,
+        clock: Callable[[], float] = time.monotonic,
+        clocks: Callable[[], Clocks] = Clocks.now,
+    ) -> None:
         self._booted = booted
         self._sink = sink
         self.price = prices.of(booted.engine.info.gpu, booted.settings.gpu_price_per_second)
         self._clock = clock
         self._started = clock() - timeline.process_age()
         self._books: Books | None = None
+        self._clocks = clocks
+        self._watch = Watch(clocks(), TICK_SECONDS)
+        sink.on_job = self._look
         self._written = 0.0
         self._steps = 0
         self._at_ready = Usage()
@@ -38,6 +50,7 @@ class Life:
         ready = self._started + self._booted.timeline.total
         self._at_ready = self._booted.engine.usage()
         self._books = Books(self._started, ready, self._at_ready)
+        self._watch.look(self._clocks())
         return record
 
     def drain(self) -> None:
@@ -46,12 +59,23 @@ class Life:
             self._books.drain(self._clock(), self._booted.engine.usage())
 
     def tick(self) -> None:
-        """Write the running totals if it is time to."""
+        """Write the running totals if it is time to, and a revival if there was one."""
+        self._look()
         now = self._clock()
         if self._books is None or now - self._written < _EVERY_SECONDS:
             return
         if self._booted.engine.usage().steps != self._steps or now - self._written >= _IDLE_SECONDS:
             self._write(self._books, now, final=False)
+
+    def _look(self) -> None:
+        revival = self._watch.look(self._clocks())
+        if self._books is None or revival is None:
+            return
+        self._books.away(revival.counted)
+        record = self._booted.cold_start()
+        none = {"seconds": 0.0, "phases": {}, "beside": {}}
+        found = {"boot": "revived", "revival": revival.cause, "away_seconds": round(revival.away, 3)}
+        self._sink.write(record.model_copy(update=none | found | stamps()))
 
     def end(self) -> None:
         """Write the last totals."""

@@ -25,6 +25,8 @@ from coldsnap.sources import Kind
 
 LEDGER = "ledger.jsonl"
 
+Boot = Literal["fresh", "revived", "warm"]
+
 
 def _now() -> datetime:
     return datetime.now(UTC)
@@ -55,10 +57,14 @@ class ColdStart(Record):
 
     `source` is where the model was found; `verified` that every file's BLAKE3 digest was compared with a manifest.
     `fetched_bytes` came over the network at `fetch_gb_per_second` (1e9 bytes); null where vLLM downloads itself.
+    A `revived` worker went through none: its process was frozen, suspended or restored (`revival`) and was away
+    for `away_seconds`, which its books leave out.
     """
 
     record: Literal["cold_start"] = "cold_start"
-    boot: Literal["fresh"] = "fresh"
+    boot: Boot = "fresh"
+    revival: Literal["frozen", "suspended", "restored"] | None = None
+    away_seconds: float = 0.0
     seconds: float
     phases: dict[str, float]
     beside: dict[str, float]
@@ -84,6 +90,7 @@ class Request(Record):
 
     record: Literal["request"] = "request"
     job_id: str
+    boot: Boot = "warm"
     route: str
     model: str
     stream: bool
@@ -162,6 +169,11 @@ def origin(settings: Settings, info: EngineInfo) -> dict[str, Any]:
     }
 
 
+def stamps() -> dict[str, Any]:
+    """Return the fields that say when a record was written."""
+    return {"time": _now(), "monotonic": round(time.monotonic(), 6)}
+
+
 def schema() -> str:
     """Return the JSON Schema of a line of the ledger."""
     found = TypeAdapter(Line).json_schema(mode="serialization")
@@ -203,6 +215,9 @@ class Sink:
         self.tally = Tally()
         self.watchers: list[Callable[[Record], None]] = []
         """Called with every record, in the thread that writes it."""
+        self._boot: Boot = "fresh"
+        self.on_job: Callable[[], None] = lambda: None
+        """Called as a job arrives: it may be what the worker was revived for."""
 
     def turn(self, path: Path) -> int:
         """Write into `path` from now on; return how many records the file until now has got.
@@ -213,10 +228,18 @@ class Sink:
             lines, self._path, self.lines, self._torn = self.lines, path, 0, False
         return lines
 
+    def next_job(self) -> Boot:
+        """Return how the worker came to a job that has just arrived."""
+        self.on_job()
+        boot, self._boot = self._boot, "warm"
+        return boot
+
     def write(self, record: Record) -> None:
         """Append `record` to the ledger and echo its line."""
         if isinstance(record, Request):
             self.tally.add(record)
+        elif isinstance(record, ColdStart):
+            self._boot = record.boot
         for watcher in self.watchers:
             watcher(record)
         line = orjson.dumps(record.model_dump(mode="json"))

@@ -12,8 +12,10 @@ import contextlib
 import difflib
 import gc
 import importlib
+import importlib.abc
 import importlib.metadata
 import logging
+import sys
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
@@ -21,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldsnap import arguments, asgi, step_meter
+from coldsnap import arguments, asgi, processes, step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
@@ -79,8 +81,11 @@ class _Conflict(JobError):
     type = "Conflict"
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that vLLM needs set before it is imported, where the user has not set them."""
+def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that vLLM needs set before it is imported, where the user has not set them.
+
+    `manifest` holds the engine arguments baked into the snapshot.
+    """
     wanted = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -88,27 +93,32 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    if _is_cpu_build():
+    if is_cpu_build():
         # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
         # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
-        wanted |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-        }
+        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        if not (manifest.get("kv_cache_memory_bytes") or environ.get("KV_CACHE_MEMORY_BYTES")):
+            wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # it would overrule the argument
+        if _eager(environ, manifest):
+            # `enforce_eager` leaves some helpers to torch.compile: Inductor is imported for them in the boot, and
+            # a C++ compiler is needed at the first request that uses one.
+            wanted["TORCHDYNAMO_DISABLE"] = "1"
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def version() -> str:
     """Return vLLM's version, whichever distribution it came in."""
-    return importlib.metadata.version("vllm-cpu" if _is_cpu_build() else "vllm")
+    return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
 
 
-def load() -> None:
+def load(environ: Mapping[str, str]) -> None:
     """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
+    if environ.get("TORCHDYNAMO_DISABLE") == "1":
+        with _absent("torch._inductor.lowering"):
+            importlib.import_module("vllm")
     from vllm.v1.engine import async_llm  # noqa: F401
 
     # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
@@ -124,6 +134,27 @@ def inspect_models(architectures: Sequence[str]) -> list[str]:
     for name in known:
         ModelRegistry.models[name].inspect_model_cls()
     return known
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Let imports of `module` fail.
+
+    vLLM patches Inductor's lowering as it is imported, and goes without where there is none: a tenth of the whole
+    import, for a compiler that is switched off.
+    """
+
+    class Refusal(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: object, target: object = None) -> None:  # noqa: ARG002
+            if name == module:
+                raise ModuleNotFoundError(f"{name} is put off", name=name)
+
+    refusal = Refusal()
+    sys.meta_path.insert(0, refusal)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(refusal)
 
 
 def load_http() -> None:
@@ -295,8 +326,10 @@ class VllmEngine:
             raise EngineDead("the engine process is gone")
 
     def close(self) -> None:
-        """See `Engine.close`."""
-        self._llm.shutdown()
+        """See `Engine.close`: killed, because vLLM would collect garbage for a next engine in two processes, 1.4 s."""
+        logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)  # it warns that it has to kill
+        with processes.without_leaks():
+            self._llm.shutdown(timeout=0.0)
         self._accounts.end()
 
     async def _application(self) -> Any:
@@ -522,7 +555,13 @@ def _first_complaint(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _is_cpu_build() -> bool:
+def _eager(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> bool:
+    given = environ.get("ENFORCE_EAGER")
+    return arguments.is_true(given) if given else manifest.get("enforce_eager") is True
+
+
+def is_cpu_build() -> bool:
+    """Return whether this vLLM is the one for processors, which needs no GPU."""
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

@@ -15,9 +15,9 @@ from coldsnap import dispatch, local, post, vllm_engine
 from coldsnap.background import Background
 from coldsnap.boot import Booted, boot
 from coldsnap.egress import Egress
-from coldsnap.errors import BootError, ColdsnapError, Draining
+from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
 from coldsnap.job import Jobs
-from coldsnap.life import Life
+from coldsnap.life import TICK_SECONDS, Life
 from coldsnap.metrics import Metrics, Push
 from coldsnap.records import Sink
 from coldsnap.settings import Settings
@@ -31,7 +31,6 @@ _SDK_ENVIRONMENT: Mapping[str, str] = {
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
 }
-_WATCH_SECONDS = 1.0
 _YOUNG = 10_000
 """Allocations between two collections; Python's default is 700."""
 _LAST_SENDS_SECONDS = 10.0
@@ -57,6 +56,8 @@ def main() -> int:
         )
     except BootError as error:
         _say(error.message)
+        if isinstance(error, Unfit) and settings.on_platform:
+            _report_unhealthy(error)
         return 1
     try:
         if test_input is None:
@@ -144,7 +145,7 @@ class _Worker:
     async def watch(self) -> None:
         """End the worker when the engine's process dies, also while no job would notice."""
         while True:
-            await asyncio.sleep(_WATCH_SECONDS)
+            await asyncio.sleep(TICK_SECONDS)
             try:
                 self._booted.engine.check()
             except ColdsnapError as error:
@@ -219,8 +220,21 @@ def _run_local(booted: Booted, test_input: str) -> int:
 
 
 def _import_sdk() -> None:
-    importlib.import_module("runpod.serverless.modules.rp_scale")
+    cpuinfo: Any = importlib.import_module("cpuinfo")
+    ask = cpuinfo.get_cpu_info
+    # A second and two processes, for the processor's name in the SDK's debugger, which takes none for an answer.
+    cpuinfo.get_cpu_info = dict
+    try:
+        importlib.import_module("runpod.serverless.modules.rp_scale")
+    finally:
+        cpuinfo.get_cpu_info = ask
     importlib.import_module("uvloop")
+
+
+def _report_unhealthy(error: Unfit) -> None:
+    """Tell the platform, with the ping that the SDK sends when a check of its own fails."""
+    fitness: Any = importlib.import_module("runpod.serverless.modules.rp_fitness")
+    fitness._report_unhealthy(error.check, error.message.removeprefix(f"{error.check}: "))  # noqa: SLF001 -- the SDK has no public name for it
 
 
 def _say(message: str) -> None:

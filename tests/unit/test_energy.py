@@ -131,7 +131,7 @@ class TestCounters:
             time.sleep(0.01)
 
     def test_all_gpus_count(self) -> None:
-        nvml = FakeNvml([1000, 2500])
+        nvml = FakeNvml(millijoules=[1000, 2500])
         counters, said = self.counters(nvml)
         assert counters.latest is None
         counters.start()
@@ -145,7 +145,7 @@ class TestCounters:
 
     @pytest.mark.parametrize("then", [None, 10])
     def test_a_counter_that_fails_or_goes_back_ends_the_joules(self, then: int | None) -> None:
-        nvml = FakeNvml([1000, 2500])
+        nvml = FakeNvml(millijoules=[1000, 2500])
         counters, said = self.counters(nvml)
         counters.start()
         self.until_read(nvml, 2)
@@ -156,7 +156,7 @@ class TestCounters:
         assert len(said) == 1
 
     def test_one_gpu_without_a_counter_is_enough_for_none(self) -> None:
-        nvml = FakeNvml([None, 2500])
+        nvml = FakeNvml(millijoules=[None, 2500])
         counters, said = self.counters(nvml)
         counters.start()
         counters._thread.join(20)

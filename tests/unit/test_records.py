@@ -71,7 +71,7 @@ def test_a_record_is_one_line_of_json_in_both_places(tmp_path: Path) -> None:
 
 def test_a_request_record_says_everything_it_was_given() -> None:
     record = Request(**REQUEST).model_dump(mode="json")
-    said_by_itself = {"record": "request", "schema_version": 1, "error": None} | {
+    said_by_itself = {"record": "request", "schema_version": 1, "error": None, "boot": "warm"} | {
         name: record[name] for name in ("time", "monotonic")
     }
     assert record == REQUEST | said_by_itself
