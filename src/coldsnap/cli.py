@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from coldsnap.errors import ColdsnapError
 
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
+}
 """Name -> module, and what it does in one line."""
 
 
@@ -28,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             imported = importlib.import_module(module)
             imported.configure(command)
             command.set_defaults(run=imported.run)
-    options = parser.parse_args(given)
     try:
+        options = parser.parse_args(given)
         return int(options.run(options))
     except ColdsnapError as error:
         print(f"coldsnap: {error.message}", file=sys.stderr)  # noqa: T201

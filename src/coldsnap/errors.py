@@ -56,6 +56,10 @@ class S3Error(ColdsnapError):
         self.missing = missing
 
 
+class BakeError(ColdsnapError):
+    """A snapshot cannot be made; the message names the model, file or option. Nothing is visible under its name."""
+
+
 class JobError(ColdsnapError):
     """One job failed; nothing else did."""
 
