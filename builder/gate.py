@@ -6,6 +6,8 @@ Both are run with transformers, one after the other, in the precision they are s
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import re
 from dataclasses import dataclass
@@ -137,7 +139,7 @@ def _ask(folder: Path, size: int, text: Text) -> _Answers:
     quiet()
     import torch
 
-    model, tokenizer = _load(folder, size)
+    model, tokenizer = load(folder, size)
     ids = tokenizer(text.content, return_tensors="pt")["input_ids"][0][: text.tokens]
     windows = [window for window in ids.split(_WINDOW) if len(window) > 1]
     if not windows:
@@ -152,7 +154,7 @@ def _ask(folder: Path, size: int, text: Text) -> _Answers:
     return _Answers(logits, windows, continuations)
 
 
-def _load(folder: Path, size: int) -> tuple[Any, Any]:
+def load(folder: Path, size: int) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     needed = int(size * _MEMORY_FACTOR)
@@ -160,8 +162,9 @@ def _load(folder: Path, size: int) -> tuple[Any, Any]:
     if found and (free := int(found[1]) * 1024) < needed:
         raise Unmeasurable(f"needs {needed:,} bytes of memory, {free:,} are free")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
+            tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
+            model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # noqa: BLE001 -- whatever a foreign model's class raises: it means `not measured`
         raise Unmeasurable(f"transformers {version('transformers')} does not load it: {_first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
