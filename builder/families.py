@@ -58,6 +58,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 PROMPT = "A snapshot is a folder with quantised safetensors, the config, the tokenizer and a manifest."
 TOLERANCE = 0.15
 """Nats a token, mean: bfloat16 in another order of sums stays well below, a wrong layer is above 1."""
+_ERROR = re.compile(r"\b(\w+Error|\w+Exception): .+?(?=\. [A-Z]| \(|$)")
+"""An error's first sentence, without what is in brackets."""
 ENGINE_ARGS = ("max_model_len=512", "enforce_eager=true", "dtype=bfloat16")
 
 
@@ -136,10 +138,11 @@ def log_probabilities(snapshot: Path, checkpoint: Path) -> list[float]:
 
 
 def _reason(output: str) -> str:
-    """Return the line of a failed boot that says why."""
+    """Return the line of a failed boot that says why: the engine's own error, else ours, else the last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    theirs = [found[0] for line in lines if (found := _ERROR.search(line)) and "Engine core init" not in line]
     ours = [line for line in lines if line.startswith("coldsnap: ")]
-    return (ours or lines or ["no output"])[-1]
+    return (theirs or ours or lines or ["no output"])[-1]
 
 
 def table(outcomes: dict[str, dict[str, Outcome]], schemes: Iterable[str]) -> str:

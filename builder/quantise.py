@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from builder.checkpoint import INDEX, Checkpoint
+from builder.checkpoint import CONFIG, INDEX, Checkpoint
 from coldsnap.errors import BakeError
 from coldsnap.snapshot import Quantization
 
@@ -54,8 +57,46 @@ def quantise(
 def fit(
     checkpoint: Checkpoint, target: Path, quantization: Quantization, method: str, data: Path, samples: int
 ) -> None:
-    """Quantise with data: GPTQ or AWQ, which choose the weights by what they do to the layers' outputs on it."""
-    raise NotImplementedError
+    """Quantise with data: GPTQ or AWQ, which choose the weights by what they do to the layers' outputs on it.
+
+    Needs a model class of transformers' and its memory, unlike `quantise`.
+    """
+    quiet()
+    import torch
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    scheme = preset_name_to_scheme(_PRESETS[quantization.scheme], ["Linear"])
+    if quantization.group_size is not None:
+        scheme.weights.group_size = quantization.group_size
+    how: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": list(quantization.ignore)}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokens = [tokenizer(text, truncation=True, max_length=_CALIBRATION_TOKENS) for text in texts(data, samples, tokenizer)]
+    torch.manual_seed(0)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of its own
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
+            oneshot(
+                model=model,
+                dataset=Dataset.from_list([{key: entry[key] for key in ("input_ids", "attention_mask")} for entry in tokens]),
+                recipe=[GPTQModifier(**how)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**how)],
+                num_calibration_samples=len(tokens),
+                max_seq_length=_CALIBRATION_TOKENS,
+                shuffle_calibration_samples=False,
+            )
+            model.save_pretrained(target, save_compressed=True)
+    except (ValueError, RuntimeError, KeyError, AttributeError, torch.linalg.LinAlgError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BakeError(f"--calibrate: {method} does not take {checkpoint.folder}: {reason}; leave --calibrate out") from error
+    (target / "recipe.yaml").unlink(missing_ok=True)
+    for name in checkpoint.files:
+        if not name.startswith("model") and name != CONFIG:
+            shutil.copyfile(checkpoint.folder / name, target / name)
 
 
 def readable(folder: Path) -> None:

@@ -27,19 +27,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mistral"
 
 
-class TestSnapshot:
-    @pytest.fixture(scope="class")
-    def folder(self, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Baked]:
-        out = tmp_path_factory.mktemp("baked") / "snapshot"
-        limits = ("--max-kl", "0.05", "--max-ppl-ratio", "1.1")
-        command = (ROOT / ".venv" / "bin" / "coldsnap", "bake", model, "--out", out, *W8A8, *limits)
-        found = subprocess.run(
-            command, cwd=out.parent, env=environment(out.parent), capture_output=True, text=True, check=False
-        )
-        ended = Baked(found.returncode, found.stdout, found.stderr)
-        assert ended.code == 0, ended
-        return out, ended
+@pytest.fixture(scope="session")
+def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Baked]:
+    """A snapshot of it, made by the command of the other environment."""
+    out = tmp_path_factory.mktemp("baked") / "snapshot"
+    limits = ("--max-kl", "0.05", "--max-ppl-ratio", "1.1")
+    command = (ROOT / ".venv" / "bin" / "coldsnap", "bake", model, "--out", out, *W8A8, *limits)
+    found = subprocess.run(
+        command, cwd=out.parent, env=environment(out.parent), capture_output=True, text=True, check=False
+    )
+    ended = Baked(found.returncode, found.stdout, found.stderr)
+    assert ended.code == 0, ended
+    return out, ended
 
+
+class TestSnapshot:
     async def test_the_handler_serves_it(self, folder: tuple[Path, Baked], tmp_path: Path) -> None:
         job = {"input": {"prompt": "A cold start", "sampling_params": {"max_tokens": 5, "ignore_eos": True}}}
         environ = {"SNAPSHOT_DIR": str(folder[0]), "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -4,6 +4,7 @@ A `BootError` ends the process before anything is served: one line on stderr, ex
 A `JobError` ends one job; the worker serves the next one. `status` is the HTTP status that an
 OpenAI client gets, `type` the OpenAI error type.
 `EngineDead` ends the job and the worker: the platform starts another.
+A `BakeError` ends a command at a desk like a `BootError` ends a worker.
 """
 
 from __future__ import annotations
