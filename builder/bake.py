@@ -72,14 +72,25 @@ def bake(options: argparse.Namespace) -> tuple[Path, Manifest]:
             calibration=calibration,
         )
         snapshot = stages.work / "snapshot"
-        stages.forget(since="quantise", unless={"source": source.model_dump(), "as": quantization.model_dump(mode="json")})
+        stages.forget(
+            since="quantise", unless={"source": source.model_dump(), "as": quantization.model_dump(mode="json")}
+        )
         _quantised(options, stages, checkpoint, quantization, snapshot)
 
         stages.forget(since="check", unless={"text": text.digest, "tokens": text.tokens, "prompts": text.prompts})
         quality = Quality(**stages.run("check", partial(_check, checkpoint, scheme, snapshot, text)))
         judge(quality, options.max_kl, options.max_ppl_ratio)
 
-        _write(options, stages, origin, source, quantization, quality, checkpoint, snapshot)
+        _write(
+            options,
+            stages,
+            origin=origin,
+            source=source,
+            quantization=quantization,
+            quality=quality,
+            source_bytes=checkpoint.size,
+            snapshot=snapshot,
+        )
         snapshot.rename(out)
         manifest = load_manifest(out)
         stages.remove()
@@ -101,9 +112,7 @@ def _standing(out: Path) -> Manifest | None:
     return load_manifest(out)
 
 
-def _same(
-    options: argparse.Namespace, out: Path, standing: Manifest, source: Source, calibration: str | None
-) -> None:
+def _same(options: argparse.Namespace, out: Path, standing: Manifest, source: Source, calibration: str | None) -> None:
     """Raise unless the snapshot that stands at `out` is the one asked for, undamaged."""
     made = standing.quantization
     if not (
@@ -154,7 +163,14 @@ def _quantised(
         if quantization.scheme not in schemes.BITS:
             copy(checkpoint, partial_)
         elif options.calibrate:
-            fit(checkpoint, partial_, quantization, options.calibrate_method, options.calibrate, options.calibrate_samples)
+            fit(
+                checkpoint,
+                partial_,
+                quantization,
+                method=options.calibrate_method,
+                data=options.calibrate,
+                samples=options.calibrate_samples,
+            )
         else:
             quantise(checkpoint, partial_, quantization.scheme, quantization.ignore, options.group_size)
         readable(partial_)
@@ -181,18 +197,19 @@ def _check(checkpoint: Checkpoint, scheme: str, snapshot: Path, text: Text) -> R
 def _write(
     options: argparse.Namespace,
     stages: Stages,
+    *,
     origin: Origin,
     source: Source,
     quantization: Quantization,
     quality: Quality,
-    checkpoint: Checkpoint,
+    source_bytes: int,
     snapshot: Path,
 ) -> None:
     started = time.monotonic()
 
     def how() -> Bake:
         seconds = stages.seconds | {"manifest": round(time.monotonic() - started, 3)}
-        return Bake(seconds=seconds, source_bytes=checkpoint.size, license=origin.license, quality=quality)
+        return Bake(seconds=seconds, source_bytes=source_bytes, license=origin.license, quality=quality)
 
     def write() -> Report:
         write_manifest(

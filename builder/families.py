@@ -85,7 +85,7 @@ def write_checkpoint(family: str, folder: Path) -> None:
         shutil.copyfile(ROOT / "snapshots" / "demo" / name, folder / name)
 
 
-def try_out(family: str, scheme: str, checkpoint: Path, out: Path) -> Outcome:
+def try_out(scheme: str, checkpoint: Path, out: Path) -> Outcome:
     """Bake, serve, compare."""
     parser = argparse.ArgumentParser()
     configure(parser)
@@ -171,8 +171,8 @@ def table(outcomes: dict[str, dict[str, Outcome]], schemes: Iterable[str]) -> st
             *rows,
             "",
             "A tick means that vLLM and transformers give a prompt's tokens the same log probabilities with the same",
-            f"snapshot; the number is their mean difference in nats a token, at most {TOLERANCE}. Nothing here says how",
-            "well a family answers once it is quantised: the weights are random.",
+            f"snapshot; the number is their mean difference in nats a token, at most {TOLERANCE}. Nothing here says",
+            "how well a family answers once it is quantised: the weights are random.",
             "",
             *listed,
             "",
@@ -200,7 +200,7 @@ def main() -> None:
             write_checkpoint(family, checkpoint)
             outcomes[family] = {}
             for scheme in schemes:
-                outcome = try_out(family, scheme, checkpoint, Path(work, f"{model_type}-{scheme}"))
+                outcome = try_out(scheme, checkpoint, Path(work, f"{model_type}-{scheme}"))
                 outcomes[family][scheme] = outcome
                 print(f"{family:<10} {scheme:<12} {outcome.mark}  {outcome.note or ''}", flush=True)
     if chosen == list(FAMILIES):

@@ -28,6 +28,9 @@ _PROMPT_WORDS = 12
 _NEW_TOKENS = 16
 _MEMORY = re.compile(r"^MemAvailable:\s+(\d+) kB", re.MULTILINE)
 _MEMORY_FACTOR = 1.2
+_LOST = ("missing_keys", "mismatched_keys", "error_msgs")
+_SCALE = re.compile(r".*\.(weight|input)_\w+")
+"""What compressed-tensors adds to a weight."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +168,18 @@ def load(folder: Path, size: int) -> tuple[Any, Any]:
         with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
             tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
             model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except Exception as error:  # noqa: BLE001 -- whatever a foreign model's class raises: it means `not measured`
+    except Exception as error:  # whatever a foreign model's class raises: it means `not measured`
         raise Unmeasurable(f"transformers {version('transformers')} does not load it: {_first_line(error)}") from error
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if found := report.get(kind):  # it would go on with random weights
-            raise Unmeasurable(f"transformers {version('transformers')} finds no place for all weights: {kind} {sorted(map(str, found))[0]}")
+    unused = [key for key in report.get("unexpected_keys", ()) if _SCALE.fullmatch(str(key))]
+    for kind, keys in (*((kind, report.get(kind)) for kind in _LOST), ("unused", unused)):
+        if keys:  # it would go on with random or unscaled weights
+            raise Unmeasurable(
+                f"transformers {version('transformers')} cannot use all of its weights ({kind}: {min(map(str, keys))})"
+            )
     return model.eval(), tokenizer
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+    )

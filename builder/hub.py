@@ -111,10 +111,8 @@ def _fetch(pinned: Pinned, folder: Path, file: File) -> None:
 
 
 def _digest(path: Path, *, lfs: bool) -> str:
-    if lfs:
-        hasher = hashlib.sha256()
-    else:
-        hasher = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    size = path.stat().st_size
+    hasher = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             hasher.update(data)
@@ -135,11 +133,15 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: {constants.ENDPOINT} has no such model, or it is private: check the id, and HF_TOKEN if it is"
         ) from error
     except RevisionNotFoundError as error:
-        raise BakeError(f"--revision {revision!r}: {repo} has no such branch, tag or commit{_nearest(repo, revision)}") from error
+        raise BakeError(
+            f"--revision {revision!r}: {repo} has no such branch, tag or commit{_nearest(repo, revision)}"
+        ) from error
     except HFValidationError as error:
         raise BakeError(f"{repo!r}: is neither a folder here nor a model's id on the hub (NAME or ORG/NAME)") from error
     except HfHubHTTPError as error:
-        raise BakeError(f"{repo}: {constants.ENDPOINT} answered {error.response.status_code}; try again later") from error
+        raise BakeError(
+            f"{repo}: {constants.ENDPOINT} answered {error.response.status_code}; try again later"
+        ) from error
     except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BakeError(
@@ -156,5 +158,3 @@ def _nearest(repo: str, revision: str | None) -> str:
     names = [ref.name for ref in (*refs.branches, *refs.tags)]
     near = difflib.get_close_matches(revision or "", names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, names[:5]))}"
-
-

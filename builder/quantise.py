@@ -55,7 +55,7 @@ def quantise(
 
 
 def fit(
-    checkpoint: Checkpoint, target: Path, quantization: Quantization, method: str, data: Path, samples: int
+    checkpoint: Checkpoint, target: Path, quantization: Quantization, *, method: str, data: Path, samples: int
 ) -> None:
     """Quantise with data: GPTQ or AWQ, which choose the weights by what they do to the layers' outputs on it.
 
@@ -76,14 +76,18 @@ def fit(
         scheme.weights.group_size = quantization.group_size
     how: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": list(quantization.ignore)}
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    tokens = [tokenizer(text, truncation=True, max_length=_CALIBRATION_TOKENS) for text in texts(data, samples, tokenizer)]
+    tokens = [
+        tokenizer(text, truncation=True, max_length=_CALIBRATION_TOKENS) for text in texts(data, samples, tokenizer)
+    ]
     torch.manual_seed(0)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of its own
             model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
             oneshot(
                 model=model,
-                dataset=Dataset.from_list([{key: entry[key] for key in ("input_ids", "attention_mask")} for entry in tokens]),
+                dataset=Dataset.from_list(
+                    [{key: entry[key] for key in ("input_ids", "attention_mask")} for entry in tokens]
+                ),
                 recipe=[GPTQModifier(**how)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**how)],
                 num_calibration_samples=len(tokens),
                 max_seq_length=_CALIBRATION_TOKENS,
@@ -92,7 +96,9 @@ def fit(
             model.save_pretrained(target, save_compressed=True)
     except (ValueError, RuntimeError, KeyError, AttributeError, torch.linalg.LinAlgError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BakeError(f"--calibrate: {method} does not take {checkpoint.folder}: {reason}; leave --calibrate out") from error
+        raise BakeError(
+            f"--calibrate: {method} does not take {checkpoint.folder}: {reason}; leave --calibrate out"
+        ) from error
     (target / "recipe.yaml").unlink(missing_ok=True)
     for name in checkpoint.files:
         if not name.startswith("model") and name != CONFIG:
@@ -130,9 +136,7 @@ def texts(path: Path, count: int, tokenizer: object) -> list[str]:
             case {"text": str(text)} | {"prompt": str(text)} if text:
                 found.append(text)
             case _:
-                raise BakeError(
-                    f"--calibrate: {path}:{number}: expected an object with `text`, `prompt` or `messages`"
-                )
+                raise BakeError(f"--calibrate: {path}:{number}: expected an object with `text`, `prompt` or `messages`")
         if len(found) == count:
             break
     if not found:

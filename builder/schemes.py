@@ -68,7 +68,8 @@ def check(scheme: str, checkpoint: Checkpoint, group_size: int) -> None:
             good = [size for size in GROUP_SIZES if all(layer.shape[-1] % size == 0 for _, layer in layers)]
             way = f"use --group-size {good[0]}" if good else "no group size divides every layer: use another scheme"
             raise BakeError(
-                f"--scheme w4a16: {module}.weight has {columns} columns, no multiple of the group size {group_size}; {way}"
+                f"--scheme w4a16: {module}.weight has {columns} columns, no multiple of the group size {group_size}; "
+                f"{way}"
             )
         if scheme != "w4a16" and (rows % _KERNEL_MULTIPLE or columns % _KERNEL_MULTIPLE):
             raise BakeError(
@@ -98,7 +99,7 @@ def _matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sensitive(module: str, checkpoint: Checkpoint) -> bool:
-    """Tell whether a module's matrix maps to or from tokens, routes to experts, or does not belong to the text model."""
+    """Tell whether a module maps to or from tokens, routes to experts, or does not belong to the text model."""
     *path, last = module.split(".")
     tensor = checkpoint.tensors.get(f"{module}.weight") or checkpoint.tensors[module]
     return (

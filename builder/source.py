@@ -111,7 +111,9 @@ def room(out: Path, needed: int) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise BakeError(f"{folder}: the bake needs {needed:,} bytes, {free:,} are free there; name another disk with --out")
+        raise BakeError(
+            f"{folder}: the bake needs {needed:,} bytes, {free:,} are free there; name another disk with --out"
+        )
 
 
 def _keep_only(folder: Path, names: Iterable[str]) -> None:

@@ -42,7 +42,9 @@ class Stages:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BakeError(f"{self.work}: another bake is at work here; wait for it or name another --out") from None
+                raise BakeError(
+                    f"{self.work}: another bake is at work here; wait for it or name another --out"
+                ) from None
             path = self.work / "state.json"
             if path.exists():
                 self._state = json.loads(path.read_text())
@@ -59,7 +61,7 @@ class Stages:
         return {name: stage["seconds"] for name, stage in self._state["stages"].items()}
 
     def forget(self, *, since: str, unless: Report) -> None:
-        """Drop what is known of the stage `since` and all later ones if it was done for something else than `unless`."""
+        """Drop the stage `since` and all later ones if they were done for another thing than `unless`."""
         recipes = self._state.setdefault("recipes", {})
         if recipes.get(since) != unless:
             names = list(self._state["stages"])

@@ -46,9 +46,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1"} | more
 
 
-async def bake(
-    *arguments: object, home: Path, kill_at: Callable[[str], bool] | None = None, **environ: str
-) -> Baked:
+async def bake(*arguments: object, home: Path, kill_at: Callable[[str], bool] | None = None, **environ: str) -> Baked:
     """Run the builder to its end, or kill it as soon as `kill_at` holds for what is on stderr."""
     return await run(PYTHON, ROOT / "builder" / "bake.py", *arguments, home=home, kill_at=kill_at, **environ)
 
@@ -80,9 +78,7 @@ async def run(*command: object, home: Path, kill_at: Callable[[str], bool] | Non
     return Baked(code, out.decode(), seen.decode())
 
 
-def checkpoint(
-    folder: Path, tensors: Mapping[str, tuple[int, ...]] | None = None, **config: Any
-) -> Path:
+def checkpoint(folder: Path, tensors: Mapping[str, tuple[int, ...]] | None = None, **config: Any) -> Path:
     """Write a checkpoint of zeros that no engine could run: for what goes by names, shapes and sizes."""
     shapes = tensors or {"model.embed_tokens.weight": (48, 64), "model.layers.0.mlp.up_proj.weight": (128, 64)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.baking import PYTHON, Baked, bake, checkpoint, environment, run
+from tests.engine.worker import run_handler
 
 from coldsnap.settings import ROOT
 from coldsnap.snapshot import load_manifest, verify
-from tests.baking import PYTHON, Baked, bake, checkpoint, environment, run
-from tests.engine.worker import run_handler
 
 W8A8 = ("--scheme", "w8a8", "--engine-arg", "max_model_len=512", "--engine-arg", "enforce_eager=true")
 
@@ -60,7 +60,7 @@ class TestSnapshot:
         assert manifest.engine_args == {"max_model_len": 512, "enforce_eager": True}
         assert manifest.bake is not None
         assert list(manifest.bake.seconds) == ["resolve", "quantise", "check", "manifest"]
-        assert manifest.bake.source_bytes == sum(path.stat().st_size for path in model.iterdir())
+        assert manifest.bake.source_bytes == size_of(model)
         quality = manifest.bake.quality
         assert quality.not_measured is None
         assert quality.mean_kl is not None
@@ -188,9 +188,9 @@ def newer(folder: Path) -> None:
 BAD: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "a scheme misspelt": (checkpoint, ("--scheme", "w4a61"), "--scheme: unknown scheme 'w4a61'; did you mean 'w4a16'?"),
     "a group that does not divide": (
-        odd, ("--scheme", "w4a16"),
-        "--scheme w4a16: model.layers.0.mlp.up_proj.weight has 96 columns, no multiple of the group size 128; "
-        "use --group-size 32",
+        odd,
+        ("--scheme", "w4a16"),
+        "up_proj.weight has 96 columns, no multiple of the group size 128; use --group-size 32",
     ),
     "no group that divides": (odder, ("--scheme", "w4a16"), "no group size divides every layer: use another scheme"),
     "sides that kernels do not take": (odder, ("--scheme", "w8a8"), "up_proj.weight is 128 x 100; expected multiples"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.baking import Baked, bake, checkpoint
 
 from coldsnap.snapshot import load_manifest, verify
 from coldsnap.testing.fake_hub import FakeHub, Repository
-from tests.baking import Baked, bake, checkpoint
 
 LARGE = {"model.embed_tokens.weight": (48, 64), "model.layers.0.mlp.up_proj.weight": (4096, 3072)}
 """25 MB: the library writes in pieces of 10 MB, and goes on after the last of them."""
