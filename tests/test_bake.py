@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builder.stages import size_of
 from tests.baking import PYTHON, Baked, bake, checkpoint, environment, run
 from tests.engine.worker import run_handler
 
