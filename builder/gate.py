@@ -142,7 +142,13 @@ def _ask(folder: Path, size: int, text: Text) -> _Answers:
     quiet()
     import torch
 
-    model, tokenizer = load(folder, size)
+    with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
+        return _answers(*load(folder, size), text)
+
+
+def _answers(model: Any, tokenizer: Any, text: Text) -> _Answers:
+    import torch
+
     ids = tokenizer(text.content, return_tensors="pt")["input_ids"][0][: text.tokens]
     windows = [window for window in ids.split(_WINDOW) if len(window) > 1]
     if not windows:
@@ -165,9 +171,8 @@ def load(folder: Path, size: int) -> tuple[Any, Any]:
     if found and (free := int(found[1]) * 1024) < needed:
         raise Unmeasurable(f"needs {needed:,} bytes of memory, {free:,} are free")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
-            tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
-            model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # whatever a foreign model's class raises: it means `not measured`
         raise Unmeasurable(f"transformers {version('transformers')} does not load it: {_first_line(error)}") from error
     unused = [key for key in report.get("unexpected_keys", ()) if _SCALE.fullmatch(str(key))]

@@ -71,6 +71,8 @@ def fit(
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if method == "awq" and not torch.accelerator.is_available():
+        raise BakeError("--calibrate-method awq: llm-compressor's AWQ needs a GPU and a torch for it; use gptq here")
     scheme = preset_name_to_scheme(_PRESETS[quantization.scheme], ["Linear"])
     if quantization.group_size is not None:
         scheme.weights.group_size = quantization.group_size

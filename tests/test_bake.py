@@ -142,6 +142,24 @@ async def test_the_gate_finds_no_difference_between_a_model_and_itself(model: Pa
     assert quality["tokens"] == 300
 
 
+async def test_weights_can_be_fitted_to_the_users_texts(model: Path, tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "What is a cold start?"}]}
+    lines = [{"text": "A snapshot is a folder."}, {"prompt": "Once upon a time"}, chat]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fitted = ("--out", tmp_path / "out", "--scheme", "w4a16", "--calibrate", data)
+    awq = await bake(model, *fitted, "--calibrate-method", "awq", home=tmp_path)
+    assert awq.error == "--calibrate-method awq: llm-compressor's AWQ needs a GPU and a torch for it; use gptq here"
+    ended = await bake(model, *fitted, home=tmp_path)
+    assert ended.code == 0, ended
+    manifest = load_manifest(tmp_path / "out")
+    assert (manifest.quantization.calibration or "").startswith("gptq on up to 256 lines of a file with BLAKE3 ")
+    assert manifest.bake is not None
+    assert manifest.bake.quality.not_measured is None
+    assert {"tokenizer.json", "chat_template.jinja", "config.json", "model.safetensors"} <= manifest.files.keys()
+    assert "recipe.yaml" not in manifest.files
+
+
 def truncated(folder: Path) -> None:
     path = checkpoint(folder) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
