@@ -262,6 +262,9 @@ def main() -> int:
     except ColdsnapError as error:
         print(f"coldsnap: {error.message}", file=sys.stderr)
         return 1
+    except OSError as error:  # the disk: full after all, read-only, no permission
+        print(f"coldsnap: {error.filename or 'the bake'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     print(report(out, manifest))

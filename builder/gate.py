@@ -140,7 +140,6 @@ def judge(quality: Quality, max_kl: float | None, max_ppl_ratio: float | None) -
 
 def _ask(folder: Path, size: int, text: Text) -> _Answers:
     quiet()
-    import torch
 
     with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
         return _answers(*load(folder, size), text)

@@ -249,6 +249,12 @@ async def test_a_folder_at_its_place_is_left_alone(tmp_path: Path) -> None:
     assert "is there already and is no snapshot" in ended.error
 
 
+async def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = await bake(checkpoint(tmp_path / "model"), "--out", tmp_path / "file" / "out", home=tmp_path)
+    assert ended.error == f"{tmp_path}/file/.out.bake: Not a directory"
+
+
 async def test_a_model_that_is_neither_here_nor_an_id_is_named(tmp_path: Path) -> None:
     ended = await bake("./no/such/folder", "--out", tmp_path / "out", home=tmp_path)
     assert ended.error.startswith("'./no/such/folder': is neither a folder here nor a model's id")
