@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coldsnap.cost import EqualSplit
 from coldsnap.engine import Meter, Usage
 from coldsnap.ledger import Ledger
@@ -47,6 +50,9 @@ class Account:
     gone: int = 0
     prefill: float = 0.0
     decode: float = 0.0
+    steps: int = 0
+    batch: int = 0
+    """Steps that its requests were in, and the sizes of those steps' batches, summed."""
     split: tuple[float, float] = (0.0, 0.0)
     """Its part of the equal split since the last frame: before and after its first output."""
     aborted: bool = False
@@ -77,6 +83,8 @@ class Accounts:
         self._estimated: str | None = None
         self._frames = 0
         self._payers: dict[int, Account] = {}
+        self._met = np.zeros((64, 2), np.int64)
+        """By a request's number: steps it was in, and how many requests were in those, summed."""
         self._open: dict[str, list[Account]] = {}
         if unmetered:
             self._estimate(unmetered)
@@ -141,6 +149,8 @@ class Accounts:
             meter.estimated |= self._estimated is not None or self._ledger.lost_steps != account.lost
             meter.prefill_seconds += account.prefill
             meter.gpu_seconds += account.prefill + account.decode
+            meter.steps += account.steps
+            meter.batch += account.batch
         if not account.settled.done():
             account.settled.set_result(None)
 
@@ -159,6 +169,7 @@ class Accounts:
             else:
                 self._bind(number, name)
         self._ledger.charge(frame.step, frame.metering)
+        self._meet(frame.step.numbers)
         self._since = self._split.look()
 
     def _bind(self, number: int, inside: str) -> None:
@@ -179,6 +190,7 @@ class Accounts:
         account = self._payers.pop(number, None)
         if account is None or account.closed:
             self._ledger.write_off(sum(self._ledger.take(number)))
+            self._part(number)
             return
         self._credit(account, number)
         account.live.remove(number)
@@ -190,6 +202,25 @@ class Accounts:
         prefill, decode = self._ledger.take(number)
         account.prefill += prefill
         account.decode += decode
+        steps, batch = self._part(number)
+        account.steps += steps
+        account.batch += batch
+
+    def _meet(self, numbers: NDArray[np.intp]) -> None:
+        """Count a step and its size for each request in it."""
+        if not len(numbers):
+            return
+        if (highest := int(numbers.max())) >= len(self._met):
+            self._met = np.concatenate((self._met, np.zeros((highest + 1, 2), np.int64)))
+        self._met[numbers] += (1, len(numbers))
+
+    def _part(self, number: int) -> tuple[int, int]:
+        """Return the request's steps and their sizes, and forget them: its number may be given again."""
+        if number >= len(self._met):
+            return 0, 0
+        steps, batch = self._met[number].tolist()
+        self._met[number] = 0
+        return steps, batch
 
     def _drain(self) -> None:
         if self.reader is not None:

@@ -82,6 +82,7 @@ def boot(
         environ=environ,
         engine_environ=others,
         digest=manifest.digest if manifest else None,
+        chunk_interval=settings.chunk_interval_ms / 1000,
         mark=timeline.mark,
         warn=_warn,
     )

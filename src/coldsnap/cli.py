@@ -15,6 +15,7 @@ from coldsnap.errors import ColdsnapError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
+    "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
 }
 """Name -> module, and what it does in one line."""
 

@@ -51,6 +51,9 @@ class Meter:
     """The job's share of the engine's steps; one GPU's, however many the engine has."""
     prefill_seconds: float = 0.0
     """What of it went into the prompt; the rest is decoding."""
+    steps: int = 0
+    batch: int = 0
+    """Engine steps that the job's requests were in, and how many requests were in each, summed."""
     estimated: bool = False
     """Whether some of it is an equal split by time, or some step's report was lost."""
     calls: list[asyncio.Future[None]] = field(default_factory=list)

@@ -61,6 +61,10 @@ class BakeError(ColdsnapError):
     """A snapshot cannot be made; the message names the model, file or option. Nothing is visible under its name."""
 
 
+class ReportError(ColdsnapError):
+    """A report cannot be made; the message names the option, the file or its key."""
+
+
 class JobError(ColdsnapError):
     """One job failed; nothing else did."""
 

@@ -64,8 +64,9 @@ class Request(Record):
     `ttft_seconds` runs from the job's arrival in this worker to its first token out of the engine, and is
     null if there was none. `itl_seconds` is the mean time between tokens of a completion, null below two.
     `gpu_seconds` is the job's share of the engine's steps, its marginal cost: an aborted job pays until the
-    engine has let go of it. `estimated` if that is an equal split by time, or a step's report was lost. `fit`
-    is the model of a step that the shares go by.
+    engine has let go of it. `mean_batch` is how many requests shared a step of the engine with it, itself
+    included, as the mean over its steps; null if none was seen. `estimated` if the share is an equal split by
+    time, or a step's report was lost. `fit` is the model of a step that the shares go by.
     """
 
     record: Literal["request"] = "request"
@@ -85,6 +86,7 @@ class Request(Record):
     gpu_seconds: float
     prefill_gpu_seconds: float
     decode_gpu_seconds: float
+    mean_batch: float | None
     usd: float | None
     price_per_second: float | None
     estimated: bool

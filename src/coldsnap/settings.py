@@ -68,7 +68,7 @@ class Settings(BaseModel):
         alias="CHUNK_INTERVAL_MS",
         ge=0,
         le=1000,
-        description="Least time between two chunks of a job; the first leaves at once. Load widens it, up to 50.",
+        description="Least time between two chunks of a job; the first leaves at once. Load widens it, up to 35.",
     )
     drain_seconds: float = Field(
         30.0,

@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import logging
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
+from coldsnap.pace import Pace, PacedQueue
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
@@ -114,6 +115,16 @@ def load() -> None:
     importlib.import_module(_parser_module())
 
 
+def inspect_models(architectures: Sequence[str]) -> list[str]:
+    """Have vLLM look at these classes and cache what it finds, as the first boot would; return those it knows."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = [name for name in architectures if name in ModelRegistry.models]
+    for name in known:
+        ModelRegistry.models[name].inspect_model_cls()
+    return known
+
+
 def load_http() -> None:
     """Import what the HTTP application needs, so that building it takes a moment only."""
     _builders()
@@ -127,6 +138,7 @@ def boot(
     environ: MutableMapping[str, str],
     engine_environ: Mapping[str, str],
     digest: str | None,
+    chunk_interval: float,
     mark: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> VllmEngine:
@@ -169,7 +181,7 @@ def boot(
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
-        llm = _metered_llm(accounts).from_vllm_config(
+        llm = _metered_llm(accounts, Pace(chunk_interval)).from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
@@ -292,6 +304,7 @@ class VllmEngine:
         tasks = await self._llm.get_supported_tasks()
         app = build(self._args, tasks, self._llm.model_config)
         await init(self._llm, app.state, self._args, tasks)
+        gc.freeze()  # see `worker`: it stays as long as the worker does
         return app
 
     async def _render(self, request: Generation) -> Any:
@@ -344,9 +357,13 @@ class VllmEngine:
             raise InvalidInput(f"{where}: {message}", param=where) from error
 
 
-def _metered_llm(accounts: Accounts) -> Any:
-    """Return `AsyncLLM`, noting every request, native or from its HTTP application, in the job's meter."""
+def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
+    """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -375,6 +392,13 @@ def _metered_llm(accounts: Accounts) -> Any:
             if (calls := _CALLS.get()) is not None:
                 calls.append(call)
             return call
+
+        async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            queue = await super().add_request(request_id, prompt, params, *args, **kwargs)
+            if queue.aggregate:  # a stream of deltas
+                queue.__class__ = Queue
+                queue.begin(pace)
+            return queue
 
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any

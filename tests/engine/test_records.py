@@ -25,7 +25,7 @@ COLD_START = COMMON | {"boot", "seconds", "phases", "beside", "snapshot_bytes", 
 REQUEST = COMMON | {
     "job_id", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens", "queue_seconds",
     "ttft_seconds", "itl_seconds", "duration_seconds", "finish_reason", "error", "gpu_seconds",
-    "prefill_gpu_seconds", "decode_gpu_seconds", "usd", "price_per_second", "estimated", "fit",
+    "prefill_gpu_seconds", "decode_gpu_seconds", "mean_batch", "usd", "price_per_second", "estimated", "fit",
 }  # fmt: skip
 
 

@@ -160,6 +160,22 @@ async def test_ids_as_they_are_where_vllm_does_not_add_to_them(bench: Bench) -> 
     assert meter.gpu_seconds == pytest.approx(1.0)
 
 
+async def test_a_call_knows_the_mean_batch_of_its_steps(bench: Bench) -> None:
+    account, meter = bench.open("job", requests=2)
+    bench.frame({0: (10, 0, 0), 200: (10, 0, 0)}, begin={0: "0_job-0123abcd", 200: "1_job-0123abcd"})
+    bench.frame({0: (0, 1, 0), 200: (0, 1, 0), 2: (0, 1, 0), 3: (0, 1, 0)})
+    bench.accounts.close(account, aborted=False)
+    assert (meter.steps, meter.batch) == (4, 12)
+
+
+async def test_a_number_that_is_given_again_starts_anew(bench: Bench) -> None:
+    bench.frame({0: (10, 0, 0), 1: (10, 0, 0)}, begin={0: "stranger-0123abcd"})
+    account, meter = bench.open("job")
+    bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"}, gone=(0,))
+    bench.accounts.close(account, aborted=False)
+    assert (meter.steps, meter.batch) == (1, 1)
+
+
 async def test_what_nobody_asked_for_is_overhead(bench: Bench) -> None:
     bench.frame({0: (10, 0, 0)}, begin={0: "stranger-0123abcd"})
     bench.frame(gone=(0,))

@@ -41,6 +41,7 @@ REQUEST: dict[str, Any] = WORKER | {
     "gpu_seconds": 0.25,
     "prefill_gpu_seconds": 0.05,
     "decode_gpu_seconds": 0.2,
+    "mean_batch": 3.5,
     "usd": 0.0002,
     "price_per_second": 0.0008,
     "estimated": False,

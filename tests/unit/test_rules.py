@@ -20,6 +20,8 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
+DESK = {name for name in OURS if name.startswith("report/")}
+"""Tools of the desk: a database and plots may take their time to import, and the worker never waits for them."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
 
@@ -58,7 +60,7 @@ def test_a_border_that_moves_into_another_module_is_noticed() -> None:
 
 def test_no_module_is_slow_to_import() -> None:
     after_vllm = {"accounts", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
-    ours = OURS.keys() - after_vllm
+    ours = OURS.keys() - after_vllm - DESK
     names = [f"coldsnap.{name.replace('/', '.')}" for name in ours if not name.endswith("__init__")]
     slow = ("vllm", "torch", "transformers", "runpod", "fastapi", "rich", "numpy", "uvloop", "boto3")
     code = (
@@ -68,6 +70,35 @@ def test_no_module_is_slow_to_import() -> None:
     environ = {"PYTHONPATH": str(ROOT / "src")}
     output = subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
     assert output.stdout.strip() == "[]"
+
+
+def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
+    def reaches(name: str) -> set[str]:
+        """Return what a module may import, at its top or when it is run, on to the end."""
+        found, rest = set[str](), {name}
+        while rest:
+            module = rest.pop()
+            found.add(module)
+            rest |= ours_of(MODULES[module]) - found
+        return found
+
+    assert {"worker", "boot", "vllm_engine", "records"} < reaches("worker")
+    assert {name for name in reaches("worker") if name.startswith("report")} == set()
+    assert {"report/command", "report/plots", "records"} < reaches("report/command")
+
+
+def ours_of(tree: ast.AST) -> set[str]:
+    """Return the modules of ours that a module names in its imports."""
+    names = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coldsnap"):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("coldsnap")}
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("coldsnap."):
+            names.add(str(node.value).partition(":")[0])
+    found = {name.removeprefix("coldsnap.").replace(".", "/") for name in names}
+    return {name for each in found for name in (each, f"{each}/__init__") if name in MODULES}
 
 
 def test_only_the_process_entry_touches_the_environment() -> None:
