@@ -41,7 +41,12 @@ case $version in
 esac
 
 if [ $env = .venv ] && [ $device = cpu ]; then # vLLM's CPU build links to it, and a bare Debian has none
-    "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || die "needs libnuma.so.1: apt install libnuma1"
+    has_numa() { "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; }
+    if ! has_numa && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "coldsnap: installing libnuma1 with apt-get" >&2
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y libnuma1; } >/dev/null || true
+    fi
+    has_numa || die "needs libnuma.so.1: apt install libnuma1"
 fi
 
 mkdir -p .tools
