@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from coldsnap.errors import ColdsnapError
 
-COMMANDS: Mapping[str, tuple[str, str]] = {}
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("coldsnap.platform.serve", "run an endpoint on this machine"),
+}
 """Name -> module, and what it does in one line."""
 
 

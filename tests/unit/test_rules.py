@@ -41,7 +41,7 @@ def importers(package: str) -> list[str]:
 
 def test_the_modules_are_found() -> None:
     assert {"vllm_engine", "worker", "job", "__init__"} < OURS.keys()
-    assert "testing/control_plane" in MODULES.keys() - OURS.keys()
+    assert "testing/gateway" in MODULES.keys() - OURS.keys()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,8 @@ def test_a_border_that_moves_into_another_module_is_noticed() -> None:
 
 def test_no_module_is_slow_to_import() -> None:
     after_vllm = {"accounts", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
-    ours = OURS.keys() - after_vllm
+    desk = {name for name in OURS if name.startswith("platform/")}  # commands, which no worker imports
+    ours = OURS.keys() - after_vllm - desk
     names = [f"coldsnap.{name.replace('/', '.')}" for name in ours if not name.endswith("__init__")]
     slow = ("vllm", "torch", "transformers", "runpod", "fastapi", "rich", "numpy", "uvloop", "boto3")
     code = (
@@ -84,8 +85,19 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
-    # worker hands os.environ to Settings.read and to the boot; step_meter runs in a process that vLLM starts
-    assert found == {"worker", "step_meter"}
+    # worker hands os.environ to Settings.read and to the boot, platform/serve to the workers that it starts;
+    # step_meter runs in a process that vLLM starts
+    assert found == {"worker", "step_meter", "platform/serve"}
+
+
+def test_no_worker_imports_what_is_done_at_a_desk() -> None:
+    users = {
+        name
+        for name, tree in OURS.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coldsnap.platform")
+    }
+    assert {name for name in users if not name.startswith("platform/")} == set()
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:
