@@ -70,8 +70,8 @@ class Fleet:
         self._not_before = 0.0
 
     async def run(self) -> None:
-        """Keep as many workers as are wanted, until cancelled."""
-        while True:
+        """Keep as many workers as are wanted, until the endpoint stops. Cancelled, it could lose one that starts."""
+        while not self._endpoint.stopping:
             self._look()
             await self._scale()
             await asyncio.sleep(_LOOK_SECONDS)
@@ -80,14 +80,13 @@ class Fleet:
         """End every worker: running jobs have `seconds`, or until `hurry`."""
         for worker in self.workers.values():
             self._retire(worker)
-        if self._watches:
-            hurried = asyncio.create_task(hurry.wait())
-            ended = asyncio.gather(*self._watches)
-            await asyncio.wait({hurried, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            hurried.cancel()
-            for worker in self.workers.values():
-                _kill_group(worker.process.pid)
-            await ended
+        ending = asyncio.gather(*self._watches)
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait([ending, hurried], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        for worker in self.workers.values():
+            _kill_group(worker.process.pid)
+        await ending
 
     def state(self, worker: WorkerProcess) -> State:
         """Return the platform's word for what a worker does."""
@@ -125,11 +124,15 @@ class Fleet:
                 for _ in range(number - len(alive)):
                     await self._start()
             return
-        for worker in alive[: len(alive) - number]:
-            seen = self._plane.workers.get(worker.id)
-            if seen and seen.idle_since is not None and time.monotonic() - seen.idle_since >= scaling.idle_timeout:
-                self._say(f"{worker.id} was idle for {scaling.idle_timeout:g} s and is stopped")
-                self._retire(worker)
+        idle = [worker for worker in alive if self._idle(worker) >= scaling.idle_timeout]
+        for worker in idle[: len(alive) - number]:
+            self._say(f"{worker.id} was idle for {scaling.idle_timeout:g} s and is stopped")
+            self._retire(worker)
+
+    def _idle(self, worker: WorkerProcess) -> float:
+        """Return for how many seconds a worker has had nothing to do; below 0 if it has."""
+        seen = self._plane.workers.get(worker.id)
+        return -1.0 if seen is None or seen.idle_since is None else time.monotonic() - seen.idle_since
 
     async def _start(self) -> None:
         self._started += 1

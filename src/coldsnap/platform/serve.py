@@ -95,16 +95,14 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         scaler = asyncio.create_task(fleet.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({scaler, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
         endpoint.stopping = True
-        scaler.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({scaler})
+        await asyncio.wait({scaler})
         running = sum(len(worker.running) for worker in plane.workers.values())
         if running:
             _say(f"{running} running jobs have {_DRAIN_SECONDS:g} s to end; Ctrl-C again stops them at once")
         await fleet.stop(_DRAIN_SECONDS, hurry)
-        if not scaler.cancelled():
-            scaler.result()
+        scaler.result()
         if left := [job for job in plane.queue if job.terms.durable]:
             _say(f"{len(left)} jobs wait in {options.state} for the next start")
 
@@ -113,7 +111,9 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), backlog=1024)
     except OSError as error:
-        raise ServeError(f"--host {host} --port {port}: {os.strerror(error.errno) if error.errno else error}") from error
+        raise ServeError(
+            f"--host {host} --port {port}: {os.strerror(error.errno) if error.errno else error}"
+        ) from error
 
 
 def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> None:
