@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ import pytest_asyncio
 from aiohttp import web
 from serving import KEY, ROOT, Serve, until
 
+from coldsnap.errors import Refused
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
 from coldsnap.platform.job import JobState, Terms
 from coldsnap.platform.scaler import Scaling
 from coldsnap.platform.store import Store
+from coldsnap.platform.submission import Submission
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -216,7 +217,7 @@ async def test_a_restart_after_sigkill_loses_no_job_and_leaves_no_worker(tmp_pat
 async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path, handler: str) -> None:
     async with Serve(tmp_path, "--handler", handler) as first:
         await first.says("worker-1 takes jobs")
-        ends, outlasts = await first.run({"seconds": 1}), await first.run({"seconds": 30})
+        ends, outlasts = await first.run({"seconds": 3}), await first.run({"seconds": 30})
         while (await first.get("health"))["jobs"]["inProgress"] < 2:
             pass
         first.process.send_signal(signal.SIGINT)
@@ -224,9 +225,7 @@ async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path,
         code, answer = await first.call("POST", "run", {"input": {}})
         assert (code, answer) == (503, {"error": "this endpoint is about to stop"})
         assert (await first.ended(ends))["status"] == "COMPLETED"
-        begun = time.monotonic()
-        assert await first.end() == 0
-        assert time.monotonic() - begun < 8  # the second Ctrl-C does not wait
+        assert await first.end() == 0  # at the second Ctrl-C
         assert "1 jobs wait in" in first.log
         assert first.processes() == []
     async with Serve(tmp_path, "--handler", handler, "--workers", "0") as second:
@@ -330,7 +329,7 @@ async def test_a_webhook_hears_what_status_says_and_is_called_again_after_an_err
     await runner.cleanup()
 
 
-async def test_a_full_queue_refuses_and_a_job_that_was_read_is_not_run_again_after_a_restart(tmp_path: Path) -> None:
+async def test_after_a_restart_what_ran_waits_again_unless_a_client_has_a_part_of_it(tmp_path: Path) -> None:
     async with keeping(tmp_path / "db", Scaling(most=1)) as endpoint:
         jobs = [endpoint.plane.submit(n, terms=Terms(durable=True)) for n in range(3)]
         jobs[1].take("w")
@@ -345,3 +344,13 @@ async def test_a_full_queue_refuses_and_a_job_that_was_read_is_not_run_again_aft
         assert "some of its output had been delivered" in (again[1].error or "")
         assert [job.id for job in endpoint.plane.queue] == [jobs[0].id, jobs[2].id]
         assert json.loads(again[2].payload) == {"id": jobs[2].id, "input": 2}
+
+
+async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
+    async with keeping(tmp_path / "db", Scaling(most=1)) as endpoint:
+        submission = Submission(None, {}, Terms())
+        for _ in range(501):
+            endpoint.submit(submission, sync=False)
+        with pytest.raises(Refused, match="501 jobs wait; with 1 workers at most no more than 500 may") as refused:
+            endpoint.submit(submission, sync=False)
+        assert (refused.value.status, refused.value.retry_after) == (429, 10)

@@ -17,7 +17,7 @@ import runpod
 from runpod.endpoint import runner
 from serving import KEY, Serve, until
 
-from .worker import CORPUS, EMOJI_ONLY, MODEL, ROOT, environment, text, user
+from .worker import CORPUS, EMOJI_ONLY, MODEL, ROOT, STEADY, environment, text, user
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -102,7 +102,7 @@ async def test_the_sdk_s_own_client_runs_streams_and_cancels(serve: Serve, monke
     def use() -> tuple[list[object], str, list[object], object, dict[str, object]]:
         job = endpoint.run(job_input)
         chunks = list(job.stream())
-        waiting = endpoint.run(job_input | {"sampling_params": {"max_tokens": 1000, "ignore_eos": True}})
+        waiting = endpoint.run(job_input | {"sampling_params": STEADY})
         cancelled = waiting.cancel()
         return chunks, job.status(), endpoint.run_sync(job_input), cancelled["status"], endpoint.health()
 

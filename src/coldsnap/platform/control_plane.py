@@ -187,7 +187,7 @@ class ControlPlane:
             self.jobs[job.id] = job
             self._submitted = max(self._submitted, job.number + 1)
             if job.state is JobState.IN_PROGRESS:
-                self._again(job, "the platform was stopped")
+                self._again(job, "the platform was stopped", blame=False)
             elif job.state is JobState.IN_QUEUE:
                 self._queue.append(job)
         waiting = sorted(self._queue, key=lambda job: job.number)
@@ -241,28 +241,32 @@ class ControlPlane:
         self._queued.ring()
         worker._stopped.ring()
 
-    def lose(self, worker_id: str, why: str) -> None:
-        """Learn that a worker's process has ended: its jobs wait again, before all others, or fail."""
+    def lose(self, worker_id: str, why: str, *, blame: bool = True) -> None:
+        """Learn that a worker's process has ended: its jobs wait again, before all others, or fail.
+
+        Without `blame` the try does not count: the worker was stopped from here.
+        """
         worker = self.workers.pop(worker_id, None)
         self._lost.add(worker_id)
         running = [self.jobs[job_id] for job_id in worker.running] if worker else []
         for job in sorted(running, key=lambda job: job.number, reverse=True):
-            self._again(job, why)
+            self._again(job, why, blame=blame)
         self._queued.ring()
 
     def forget(self, job: Job) -> None:
         """Drop a job that has ended."""
         del self.jobs[job.id]
 
-    def _again(self, job: Job, why: str) -> None:
+    def _again(self, job: Job, why: str, *, blame: bool) -> None:
         if job.read:
             text = f"{why} while it ran the job; some of its output had been delivered, so it was not tried again"
             self._end(job, JobState.FAILED, error=text)
-        elif job.attempts >= ATTEMPTS:
+        elif blame and job.attempts >= ATTEMPTS:
             self._end(job, JobState.FAILED, error=f"{why} while it ran the job; it was tried {job.attempts} times")
         else:
             job.restart()
-            self.counts["retried"] += 1
+            job.attempts -= not blame
+            self.counts["retried"] += blame
             self._queue.appendleft(job)
             self.note(job)
 

@@ -162,7 +162,7 @@ class Fleet:
         await asyncio.sleep(_LAST_POSTS_SECONDS)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         del self.workers[worker.id]
-        self._plane.lose(worker.id, f"{worker.id} {how}")
+        self._plane.lose(worker.id, f"{worker.id} {how}", blame=not self._endpoint.stopping)
         if worker.stopping:
             return
         self._say(f"{worker.id} {how}; the end of its log:\n{_tail(worker.log)}")
