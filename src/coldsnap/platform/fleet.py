@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
@@ -80,8 +80,8 @@ class Fleet:
         """End every worker: running jobs have `seconds`, or until `hurry`."""
         for worker in self.workers.values():
             self._retire(worker)
-        ending = asyncio.gather(*self._watches)
-        hurried = asyncio.create_task(hurry.wait())
+        ending: asyncio.Future[Any] = asyncio.gather(*self._watches)
+        hurried: asyncio.Future[Any] = asyncio.create_task(hurry.wait())
         await asyncio.wait([ending, hurried], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
         for worker in self.workers.values():
