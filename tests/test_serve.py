@@ -90,6 +90,7 @@ async def test_a_progress_update_is_the_output_of_a_running_job(serve: Serve) ->
     seen = []
     while (status := await serve.get(f"status/{job_id}"))["status"] != "COMPLETED":
         seen.append(status.get("output"))
+        await asyncio.sleep(0.05)
     assert "half" in seen
 
 
@@ -192,7 +193,7 @@ async def test_a_job_whose_workers_die_is_tried_twice_then_fails_and_can_be_retr
         assert (await serve.ended(job_id))["status"] == "FAILED"
         half = await serve.run({"chunks": 2, "seconds": 1, "die": True})
         while not (await serve.get(f"stream/{half}"))["stream"]:
-            pass
+            await asyncio.sleep(0.05)
         ended = await serve.ended(half)
         assert "some of its output had been delivered, so it was not tried again" in ended["error"]
         assert (await serve.post("runsync", {"input": {}}))["status"] == "COMPLETED"
@@ -219,7 +220,7 @@ async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path,
         await first.says("worker-1 takes jobs")
         ends, outlasts = await first.run({"seconds": 3}), await first.run({"seconds": 30})
         while (await first.get("health"))["jobs"]["inProgress"] < 2:
-            pass
+            await asyncio.sleep(0.05)
         first.process.send_signal(signal.SIGINT)
         await first.says("2 running jobs have 10 s to end")
         code, answer = await first.call("POST", "run", {"input": {}})

@@ -30,6 +30,8 @@ _WAIT = (1_000, 300_000)
 _STREAM_SECONDS = 1.0
 """How long /stream is held while nothing has come, for clients that ask again without a pause."""
 _OPENAI_SECONDS = 300.0
+_READ_AT_MOST = 100_000_000
+"""Bytes of a body that is refused: above this its connection breaks."""
 
 Operation = Callable[[Request], Awaitable[Response]]
 
@@ -152,15 +154,16 @@ class Api:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Read the body, as far as it may be long."""
-    length = request.headers.get("Content-Length", "")
-    if length.isdigit() and int(length) > limit:
-        raise too_large(int(length), limit)
-    body = bytearray()
+    """Read the body, as far as it may be long. The rest is read and dropped: its sender reads no answer before."""
+    body, size = bytearray(), 0
     async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
+        size += len(piece)
+        if size <= limit:
+            body += piece
+        elif size > _READ_AT_MOST:
             raise too_large(None, limit)
+    if size > limit:
+        raise too_large(size, limit)
     return bytes(body)
 
 
