@@ -4,9 +4,9 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test check format lock schema snapshot clean
+.PHONY: help demo test check image-check format lock schema env snapshot clean
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## set up .venv and answer test_input.json on the real engine
 	@scripts/setup.sh demo
@@ -23,6 +23,10 @@ check: ## formatting, lint, types, the README's file tree
 	@$(py) -m mypy
 	@$(py) scripts/check_tree.py
 
+image-check: ## build the CPU image, run the demo job in it, search it for secrets (root)
+	@scripts/setup.sh demo
+	@$(py) scripts/image_check.py
+
 format: ## format, and fix what ruff can fix
 	@scripts/setup.sh test
 	@$(py) -m ruff format .
@@ -31,6 +35,9 @@ format: ## format, and fix what ruff can fix
 schema: ## write docs/records.schema.json again
 	@mkdir -p docs
 	@PYTHONPATH=src $(py) -m coldsnap.records >docs/records.schema.json
+
+env: ## write .env.example again
+	@$(py) scripts/env_example.py >.env.example
 
 snapshot: ## train, quantise and write snapshots/demo again
 	@scripts/setup.sh bake
@@ -44,6 +51,7 @@ lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
 	@$(compile) requirements/installer.in -o requirements/installer.lock
 	@$(compile) $(override).txt $(override)-cpu.txt requirements/cpu.in -o requirements/cpu.lock
 	@$(compile) $(override).txt requirements/gpu.in -o requirements/gpu.lock
+	@$(compile) $(override).txt -c requirements/gpu.lock requirements/base.in -o requirements/base.lock
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/tools.in -o requirements/tools.lock
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock -c requirements/tools.lock requirements/dev.in -o requirements/dev.lock
 	@$(compile) $(override)-cpu.txt requirements/bake.in requirements/torch-cpu.in -o requirements/bake.lock

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 if __name__ == "__main__":  # the engine's child processes may import this file
+    from coldsnap.processes import leave
     from coldsnap.worker import main
 
-    sys.exit(main())
+    leave(main())

@@ -1,12 +1,14 @@
 """The yardstick of tokenpath.py: a bare `AsyncLLM` in a process of its own, nothing around it.
 
-Reads one JSON line per run from stdin ({"streams", "jobs", "tokens"}) and answers with one. The engine is
+Reads one JSON line per run from stdin (the arguments of `run`) and answers with one. The engine is
 started exactly as the worker starts it, then driven from one coroutine per stream.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import itertools
 import json
 import os
 import sys
@@ -17,28 +19,40 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 
-async def run(llm: Any, make: Any, streams: int, jobs: int, tokens: int) -> dict[str, Any]:
-    """Run `jobs` generations of `tokens` tokens, `streams` at a time; return counts and latencies."""
+async def run(
+    llm: Any, make: Any, *, streams: int, jobs: int, tokens: int, question: str, arrivals: list[float] | None
+) -> dict[str, Any]:
+    """Run `jobs` generations of `tokens` tokens, `streams` at a time; return latencies, one of each a job.
+
+    With `arrivals` each begins so many seconds after the start. `gap` is the longest wait between two outputs.
+    """
     room = asyncio.Semaphore(streams)
-    ttft: list[float] = []
+    prompt = {"prompt": f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"}
+    ttft, gap, e2e = [], [], []
+    begun = time.monotonic()
 
     async def one(number: int) -> None:
+        if arrivals is not None:
+            await asyncio.sleep(begun + arrivals[number] - time.monotonic())
         async with room:
-            begun = time.monotonic()
-            first = 0.0
-            async for _ in llm.generate({"prompt": f"{number} hi there"}, make(tokens), f"bare-{time.monotonic_ns()}"):
-                first = first or time.monotonic()
-            ttft.append(first - begun)
+            times = [time.monotonic()]
+            count = 0
+            async for output in llm.generate(prompt, make(tokens), f"bare-{time.monotonic_ns()}-{number}"):
+                times.append(time.monotonic())
+                count += len(output.outputs[0].token_ids)
+            assert count == tokens
+            ttft.append(times[1] - times[0])
+            gap.append(max(later - earlier for earlier, later in itertools.pairwise(times[1:])))
+            e2e.append(times[-1] - times[0])
 
-    begun = time.monotonic()
     await asyncio.gather(*(one(i) for i in range(jobs)))
-    return {"seconds": time.monotonic() - begun, "ttft": ttft}
+    return {"seconds": time.monotonic() - begun, "ttft": ttft, "gap": gap, "e2e": e2e}
 
 
 async def serve(llm: Any, make: Any) -> None:
     """Answer run requests until stdin ends."""
     loop = asyncio.get_running_loop()
-    await run(llm, make, 4, 4, 8)
+    await run(llm, make, streams=4, jobs=4, tokens=8, question="What is a cold start?", arrivals=None)
     print("ready", flush=True)
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         print(json.dumps(await run(llm, make, **json.loads(line))), flush=True)
@@ -52,8 +66,8 @@ def main() -> None:
     folder = Settings.read(os.environ).snapshot()
     assert folder is not None
     manifest = snapshot.load_manifest(folder)
-    os.environ.update(vllm_engine.environment(os.environ) | {"HF_HUB_OFFLINE": "1"})
-    vllm_engine.load()
+    os.environ.update(vllm_engine.environment(os.environ, manifest.engine_args) | {"HF_HUB_OFFLINE": "1"})
+    vllm_engine.load(os.environ)
     import uvloop
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -61,10 +75,12 @@ def main() -> None:
 
     config = AsyncEngineArgs(model=str(folder), **manifest.engine_args).create_engine_config()
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    gc.freeze()
     llm = AsyncLLM.from_vllm_config(config)
+    gc.enable()  # load() has switched it off
 
     def make(tokens: int) -> SamplingParams:
-        return SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0, output_kind=RequestOutputKind.DELTA)
+        return SamplingParams(max_tokens=tokens, temperature=0.0, output_kind=RequestOutputKind.DELTA)
 
     try:
         uvloop.run(serve(llm, make))

@@ -8,7 +8,10 @@ length here is that of a tiny model on a CPU, shorter than any that is worth ser
 
 Predicted before the first run: 10 us + 0.25 us a request in the engine's process (two dictionary look-ups, a
 comparison and two appends each), so 42 us at 128; at the 8 ms that 128 requests take here, 0.5%. In the worker's
-process 60 us a step, nearly the same at any level: numpy's calls, not its loops.
+process 60 us a step, nearly the same at any level: numpy's calls, not its loops. At 256 requests that was wrong,
+121 us. Predicted before processor time was measured beside it: 60 us of its own, the rest a wait for one of two cores.
+Wrong again, 157 us were its own: the first frame of a read finds the caches full of other things, and from 256 on more
+than half of all frames are the first. The median hides that below; hence the mean of the processor time.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ PREDICTED = {"engine_us": lambda n: 10 + 0.25 * n, "reader_us": lambda _: 60.0}
 LIMIT = 0.01
 
 
-def row(level: int, samples: list[tuple[float, float, float]]) -> dict[str, Any]:
-    """Return medians of (metering, step, reading) seconds over the steps of a level."""
-    metering, step, reading = (statistics.median(column) for column in zip(*samples, strict=True))
+def row(level: int, samples: list[tuple[float, ...]]) -> dict[str, Any]:
+    """Return medians of (metering, step, reading), and the mean processor time of reading, over a level's steps."""
+    metering, step, reading, _ = (statistics.median(column) for column in zip(*samples, strict=True))
+    cpu = statistics.fmean(sample[3] for sample in samples)
     return {
         "running": level,
         "steps": len(samples),
@@ -44,6 +48,7 @@ def row(level: int, samples: list[tuple[float, float, float]]) -> dict[str, Any]
         "engine_us_predicted": PREDICTED["engine_us"](level),
         "of_step": round(metering / step, 5),
         "reader_us": round(reading * 1e6, 1),
+        "reader_cpu_us": round(cpu * 1e6, 1),
         "reader_us_predicted": PREDICTED["reader_us"](level),
     }
 
@@ -54,17 +59,17 @@ async def measure(engine: Any, levels: list[int], rounds: int) -> list[dict[str,
 
     await engine.warm_up()
     accounts = engine._accounts  # noqa: SLF001 -- no public way to a single frame, and none needed
-    samples: dict[int, list[tuple[float, float, float]]] = {level: [] for level in levels}
+    samples: dict[int, list[tuple[float, ...]]] = {level: [] for level in levels}
     level = 0
     charge: Callable[[Any], None] = accounts._frame  # noqa: SLF001 -- as above
 
     def timed(frame: Any) -> None:
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.thread_time()
         charge(frame)
-        took = time.perf_counter() - begun
+        used, took = time.thread_time() - used, time.perf_counter() - begun
         decodes = len(frame.step.numbers) == level and not frame.events and (frame.step.tokens[:, 1] == 1).all()
         if level and decodes:
-            samples[level].append((frame.metering, frame.step.end - frame.step.start, took))
+            samples[level].append((frame.metering, frame.step.end - frame.step.start, took, used))
 
     accounts.reader._on_frame = timed  # noqa: SLF001 -- as above
 
@@ -83,12 +88,13 @@ async def measure(engine: Any, levels: list[int], rounds: int) -> list[dict[str,
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows in Markdown."""
     lines = [
-        "| running | step, ms | engine, µs a step | predicted | of the step | worker, µs a step | predicted |",
-        "|---|---|---|---|---|---|---|",
+        "| running | step, ms | engine, µs a step | predicted | of the step | worker, µs a step | predicted | CPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {each['running']} | {each['step_ms']:.2f} | {each['engine_us']:.1f} | {each['engine_us_predicted']:.0f} "
-        f"| {each['of_step']:.2%} | {each['reader_us']:.1f} | {each['reader_us_predicted']:.0f} |"
+        f"| {each['of_step']:.2%} | {each['reader_us']:.1f} | {each['reader_us_predicted']:.0f} "
+        f"| {each['reader_cpu_us']:.1f} |"
         for each in rows
     ]
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment for `demo`, `test` or `bake` from the lock files; where that is done, it returns at once.
+# Makes the environment for `demo`, `test`, `image` or `bake` from the lock files; where that is done, it returns at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -14,8 +14,9 @@ if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then device=gpu; fi
 case ${1:-demo} in
     demo) env=.venv locks=("requirements/$device.lock" requirements/tools.lock) ;;
     test) env=.venv locks=("requirements/$device.lock" requirements/tools.lock requirements/dev.lock) ;;
+    image) env=.venv locks=("requirements/$device.lock") ;; # the worker's alone
     bake) env=.venv-bake locks=(requirements/bake.lock) device=cpu ;; # quantising needs no GPU
-    *) die "usage: scripts/setup.sh demo|test|bake" ;;
+    *) die "usage: scripts/setup.sh demo|test|image|bake" ;;
 esac
 torch=requirements/torch-cpu.txt
 stamp=$env/.made-from # one hash a file that the environment was made from
@@ -38,6 +39,10 @@ case $version in
     3.11 | 3.12 | 3.13 | 3.14) ;;
     *) die "needs Python 3.11 to 3.14, and $python is $version: install one and name it (PYTHON=python3.12 make demo)" ;;
 esac
+
+if [ $env = .venv ] && [ $device = cpu ]; then # vLLM's CPU build links to it, and a bare Debian has none
+    "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || die "needs libnuma.so.1: apt install libnuma1"
+fi
 
 mkdir -p .tools
 exec 9>.tools/lock # two `make` at once: the second one waits, then finds the work done
@@ -75,7 +80,7 @@ install "${locks[@]/#/--requirements=}" ||
     die "could not install the packages (uv's message is above); run the same command again: what was fetched is kept"
 
 # The `coldsnap` command: this clone itself, nothing is copied. Its build backend, setuptools, is in the lock.
-if [ $env = .venv ]; then
+if [ $env = .venv ] && [ "${1:-demo}" != image ]; then
     scripts/uv.sh pip install --quiet --python $env --no-deps --no-build-isolation --editable . ||
         die "could not install the coldsnap command (uv's message is above)"
 fi

@@ -27,12 +27,14 @@ install_uv() {
 
 # uv reads none of pip's settings. Where pip is pointed at a mirror, uv must ask there too.
 pip_setting() {
-    local variable=PIP_${1^^} interpreter
+    local variable=PIP_${1^^} interpreter value
     variable=${variable//-/_}
     if [ -n "${!variable:-}" ]; then echo "${!variable}"; return; fi
     for interpreter in "$python" "$tools/bin/python"; do
-        "$interpreter" -m pip config get "global.$1" 2>/dev/null && return
-    done || true
+        # `pip config get` reads one of pip's files only; `list` shows what they come to together.
+        value=$("$interpreter" -m pip config list 2>/dev/null | sed -n "s/^global\.$1='\(.*\)'\$/\1/p") || continue
+        if [ -n "$value" ]; then echo "$value"; return; fi
+    done
 }
 
 # Behind a proxy that re-signs TLS only the system's roots are right; uv and pip bring their own.

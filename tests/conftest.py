@@ -6,9 +6,13 @@ import uuid
 from collections.abc import Iterator
 
 import boto3
+import hypothesis
 import pytest
 
 from coldsnap.s3 import Place
+
+hypothesis.settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's business
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coldsnap.cost import EqualSplit
+from coldsnap.energy import EnergyCounters, EnergyShares, Reading
 from coldsnap.engine import Meter, Usage
 from coldsnap.ledger import Ledger
 from coldsnap.step_reader import Frame, StepReader
@@ -47,6 +51,10 @@ class Account:
     gone: int = 0
     prefill: float = 0.0
     decode: float = 0.0
+    steps: int = 0
+    batch: int = 0
+    """Steps that its requests were in, and the sizes of those steps' batches, summed."""
+    joules: float = 0.0
     split: tuple[float, float] = (0.0, 0.0)
     """Its part of the equal split since the last frame: before and after its first output."""
     aborted: bool = False
@@ -58,7 +66,7 @@ class Accounts:
     """Opens an account for a call of `generate` and closes it into its job's meter.
 
     `unmetered` says why the engine's steps cannot be metered, None if they can. `warn` is told, once, when
-    costs begin to be estimated.
+    costs begin to be estimated. `energy` has the counters of the engine's GPUs, if they have any.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Accounts:
         unmetered: str | None,
         warn: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        energy: EnergyCounters | None = None,
     ) -> None:
         self.reader = None if unmetered else StepReader(self._frame)
         self._ledger = ledger
@@ -74,9 +83,15 @@ class Accounts:
         self._split = EqualSplit(clock)
         self._since = self._split.look()
         """Virtual time and busy seconds of the equal split at the last frame."""
+        self._counters = energy
+        self._energy = EnergyShares(ledger)
+        self._reading: Reading | None = None
+        """The latest that has been shared, None before the first."""
         self._estimated: str | None = None
         self._frames = 0
         self._payers: dict[int, Account] = {}
+        self._met = np.zeros((64, 2), np.int64)
+        """By a request's number: steps it was in, and how many requests were in those, summed."""
         self._open: dict[str, list[Account]] = {}
         if unmetered:
             self._estimate(unmetered)
@@ -112,10 +127,17 @@ class Accounts:
         else:
             self._settle(account)
 
+    def end(self) -> None:
+        """Stop reading the GPUs' counters; what was read stays."""
+        if self._counters is not None:
+            self._counters.end()
+
     def usage(self) -> Usage:
         """Return what the engine's time went into so far."""
         self._drain()
         usage = self._ledger.usage()
+        if self._measures:
+            usage = dataclasses.replace(usage, joules=self._energy.total, request_joules=self._energy.of_requests)
         if self._estimated is None:
             return usage
         busy = usage.busy + self._split.look()[1] - self._since[1]
@@ -137,10 +159,15 @@ class Accounts:
         meter = account.meter
         if meter.final:  # a job that was torn down, or a response that goes on in the background
             self._ledger.write_off(account.prefill + account.decode)
+            self._energy.write_off(account.joules)
         else:
             meter.estimated |= self._estimated is not None or self._ledger.lost_steps != account.lost
             meter.prefill_seconds += account.prefill
+            if self._measures:
+                meter.joules = (meter.joules or 0.0) + account.joules
             meter.gpu_seconds += account.prefill + account.decode
+            meter.steps += account.steps
+            meter.batch += account.batch
         if not account.settled.done():
             account.settled.set_result(None)
 
@@ -159,6 +186,8 @@ class Accounts:
             else:
                 self._bind(number, name)
         self._ledger.charge(frame.step, frame.metering)
+        self._meet(frame.step.numbers)
+        self._read_energy()
         self._since = self._split.look()
 
     def _bind(self, number: int, inside: str) -> None:
@@ -178,7 +207,9 @@ class Accounts:
     def _let_go(self, number: int) -> None:
         account = self._payers.pop(number, None)
         if account is None or account.closed:
+            self._energy.write_off(self._take_joules(number))
             self._ledger.write_off(sum(self._ledger.take(number)))
+            self._part(number)
             return
         self._credit(account, number)
         account.live.remove(number)
@@ -187,13 +218,53 @@ class Accounts:
             self._settle(account)
 
     def _credit(self, account: Account, number: int) -> None:
+        account.joules += self._take_joules(number)
         prefill, decode = self._ledger.take(number)
         account.prefill += prefill
         account.decode += decode
+        steps, batch = self._part(number)
+        account.steps += steps
+        account.batch += batch
+
+    def _meet(self, numbers: NDArray[np.intp]) -> None:
+        """Count a step and its size for each request in it."""
+        if not len(numbers):
+            return
+        if (highest := int(numbers.max())) >= len(self._met):
+            self._met = np.concatenate((self._met, np.zeros((highest + 1, 2), np.int64)))
+        self._met[numbers] += (1, len(numbers))
+
+    def _part(self, number: int) -> tuple[int, int]:
+        """Return the request's steps and their sizes, and forget them: its number may be given again."""
+        if number >= len(self._met):
+            return 0, 0
+        steps, batch = self._met[number].tolist()
+        self._met[number] = 0
+        return steps, batch
 
     def _drain(self) -> None:
         if self.reader is not None:
             self.reader.drain()
+        self._read_energy()
+
+    @property
+    def _measures(self) -> bool:
+        """Whether joules are known: the GPUs report them, and the seconds that they are shared by are measured."""
+        known = self._counters is not None and self._counters.latest is not None
+        return known and self._reading is not None and self._estimated is None
+
+    def _take_joules(self, number: int) -> float:
+        return 0.0 if self._reading is None else self._energy.take(number)
+
+    def _read_energy(self) -> None:
+        reading = self._counters.latest if self._counters is not None else None
+        before, self._reading = self._reading, reading or self._reading
+        if reading is None or reading is before:
+            return
+        if before is None:
+            self._energy = EnergyShares(self._ledger)  # what was charged until now was not measured
+        else:
+            self._energy.measured(reading.joules - before.joules, reading.time - before.time)
 
     def _estimate(self, reason: str) -> None:
         if self._estimated is not None:

@@ -109,6 +109,11 @@ def _blame(message: str, origins: Mapping[str, str]) -> str:
     return message
 
 
+def is_true(text: str) -> bool:
+    """Return whether a variable switches something on."""
+    return text.strip().lower() in _TRUE
+
+
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {
         option[2:].replace("-", "_"): action

@@ -14,6 +14,11 @@ from coldsnap.prices import Price
 
 _DONE = "data: [DONE]"
 _UNFINISHED = '"finish_reason":null'
+_COMPLETED = "event: response.completed\ndata: {"
+_RESPONSE = '"response":{'
+"""The event's own is the first: in a text the quotes would be escaped, and other objects lie inside it."""
+_MESSAGE = "event: message_delta\ndata: {"
+_USAGE = '"usage":{'
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class Bill:
     """One job's marginal cost: its share of the engine's steps, without cold start and idle time.
 
     GPU-seconds are the engine's seconds times its GPUs. `usd` and `price_per_second` are None where the GPU's
-    price is not known. `estimated`: an equal split by time, or some step's report was lost.
+    price is not known, `joules` where the GPUs report no energy. `estimated`: an equal split by time, or some
+    step's report was lost.
     """
 
     gpu_seconds: float
@@ -31,6 +37,7 @@ class Bill:
     price_per_second: float | None
     gpu: str
     estimated: bool
+    joules: float | None = None
 
     @classmethod
     def of(cls, meter: Meter, info: EngineInfo, price: Price) -> Bill:
@@ -45,11 +52,15 @@ class Bill:
             price_per_second=price.per_second,
             gpu=info.gpu,
             estimated=meter.estimated,
+            joules=None if meter.joules is None else round(meter.joules, 6),
         )
 
     def fields(self) -> dict[str, Any]:
         """Return the bill as the `cost` of an answer."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.joules is None:
+            del fields["joules"]
+        return fields
 
 
 def in_answer(answer: Any, bill: Callable[[], Bill]) -> Any:
@@ -58,10 +69,12 @@ def in_answer(answer: Any, bill: Callable[[], Bill]) -> Any:
 
 
 async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> AsyncIterator[str]:
-    """Add the bill to the last chunk before `[DONE]` of an OpenAI stream, whose other bytes stay as they are.
+    """Add the bill where a stream says its usage; its other bytes stay as they are.
 
-    `stream` gives whole events. One that could be the last is held back until the next: the call of the
-    engine is only over, and its cost known, when `[DONE]` comes. A stream of another protocol is unchanged.
+    That is the last chunk before `[DONE]` of a chat or completion, the response in `response.completed`, and the
+    `message_delta` of a message. `stream` gives whole events. An OpenAI chunk that could be the last is held
+    back until the next: the call of the engine is only over, and its cost known, when `[DONE]` comes. The other
+    two come after it.
     """
     held = ""
     async for more in stream:
@@ -79,13 +92,27 @@ async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> Asy
         else:
             events.append(last)
         if events:
-            yield "\n\n".join(events) + "\n\n"
+            yield "\n\n".join(_with_named_cost(event, bill) for event in events) + "\n\n"
     if held:
         yield held
+
+
+def _with_named_cost(event: str, bill: Callable[[], Bill]) -> str:
+    """Put the cost into an event that has a name and, in that protocol, the usage."""
+    if event.startswith(_COMPLETED):
+        before, response, after = event.partition(_RESPONSE)
+        return f'{before}{response}"cost":{_json(bill())},{after}' if response and after[0] != "}" else event
+    if event.startswith(_MESSAGE) and _USAGE in event and event.endswith("}"):
+        return f'{event[:-1]},"cost":{_json(bill())}}}'
+    return event
 
 
 def _with_cost(event: str, bill: Bill) -> str:
     """Put the cost behind the last field, unless the event is an error."""
     if not event.startswith("data: {") or event.startswith('data: {"error"') or not event.endswith("}"):
         return event
-    return f'{event[:-1]},"cost":{orjson.dumps(bill.fields()).decode()}}}'
+    return f'{event[:-1]},"cost":{_json(bill)}}}'
+
+
+def _json(bill: Bill) -> str:
+    return orjson.dumps(bill.fields()).decode()

@@ -45,6 +45,14 @@ class Books:
         """Begin the drain; only the first call counts."""
         self._draining = self._draining or (now, usage)
 
+    def away(self, seconds: float) -> None:
+        """Leave out seconds that have just passed on the clock, but not in this process: it was frozen."""
+        self._started += seconds
+        self._ready += seconds
+        if self._draining is not None:
+            since, usage = self._draining
+            self._draining = since + seconds, usage
+
     def totals(self, now: float, usage: Usage) -> Totals:
         """Close the books at `now`."""
         before = self._at_ready

@@ -1,24 +1,27 @@
 """A worker's life up to ready, in the order it happens.
 
-environment -> settings -> snapshot (hashed beside the import) -> vLLM's import -> engine -> warm-up -> ready
+environment -> settings -> fitness, snapshot (beside the import) -> import of vLLM -> engine -> warm-up -> ready
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from coldsnap import snapshot, vllm_engine
+from coldsnap import arguments, fitness, sources, vllm_engine
 from coldsnap.engine import Engine
-from coldsnap.errors import SettingsError
 from coldsnap.records import ColdStart, origin
 from coldsnap.settings import Settings
+from coldsnap.snapshot import Manifest
+from coldsnap.sources import HUB, Supply
 from coldsnap.timeline import Timeline
 
 
@@ -29,17 +32,25 @@ class Booted:
     engine: Engine
     settings: Settings
     timeline: Timeline
-    manifest: snapshot.Manifest | None
+    manifest: Manifest | None
+    supply: Supply = HUB
 
     def cold_start(self) -> ColdStart:
         """Return the record of this boot; its phases add up to now."""
-        info = self.engine.info
+        info, supply = self.engine.info, self.supply
+        speed = None
+        if supply.fetched_bytes and supply.fetch_seconds:
+            speed = round(supply.fetched_bytes / supply.fetch_seconds / 1e9, 6)
         return ColdStart(
             **origin(self.settings, info),
             seconds=round(self.timeline.total, 6),
             phases={name: round(seconds, 6) for name, seconds in self.timeline.phases.items()},
             beside={name: round(seconds, 6) for name, seconds in self.timeline.beside.items()},
             snapshot_bytes=self.manifest.size if self.manifest else None,
+            source=supply.source,
+            verified=supply.verified,
+            fetched_bytes=supply.fetched_bytes,
+            fetch_gb_per_second=speed,
             model=info.models[0],
         )
 
@@ -56,53 +67,49 @@ def boot(
     `beside_engine` names work to run in a thread while the engine's process starts up. Raises `BootError`
     with one sentence; then nothing has been served and no process is left.
     """
-    folder = settings.snapshot()
-    manifest = None if folder is None else snapshot.load_manifest(folder)
-    check: Future[float] | None = None
-    if folder is not None and manifest is not None:
-        _same_model(settings, manifest)
-        snapshot.verify(folder, manifest, "size")
-        check = _beside(lambda: snapshot.verify(folder, manifest, settings.snapshot_verify), "verify")
+    search = sources.search(settings, environ, _warn)
+    known = search.manifest
+    found: Future[Supply] = Future()
+    finding = _beside(lambda: found.set_result(search.finish()), "snapshot")
+    needs: dict[str, Any] = {"weights": known.size if known else 0, "gpu": not vllm_engine.is_cpu_build()}
+    compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
+    fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
     others = Settings.others(environ)
-    environ.update(vllm_engine.environment(environ) | _offline(settings, folder))
+    wanted = vllm_engine.environment(environ, known.engine_args if known else {})
+    environ.update(wanted | _offline(settings, offline=search.offline))
     timeline.mark("settings")
 
-    vllm_engine.load()
+    vllm_engine.load(environ)
     timeline.mark("import_vllm")
-    if check is not None:
-        timeline.beside["read_snapshot"] = check.result()
-    timeline.mark("verify")
+    timeline.beside["fitness"] = fit.result()
+    finding.result()  # raises what went wrong
+    supply = found.result()
+    timeline.beside |= {name: seconds for name, seconds in supply.beside.items() if seconds}
+    timeline.mark("fetch" if supply.source == "s3" else "verify")
 
     spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}
-    names = settings.served_model_name or ((manifest.served_model_name,) if manifest else ())
+    manifest = supply.manifest
+    name = manifest.served_model_name if manifest else settings.model_name
+    names = settings.served_model_name or ((name,) if name else ())
     engine = vllm_engine.boot(
-        model=str(folder or settings.model_name),
+        model=str(supply.folder or settings.model_name),
         fixed={"served_model_name": names} if names else {},
         manifest=manifest.engine_args if manifest else {},
         environ=environ,
         engine_environ=others,
         digest=manifest.digest if manifest else None,
+        chunk_interval=settings.chunk_interval_ms / 1000,
         mark=timeline.mark,
         warn=_warn,
     )
     for name, spare in spares.items():
         timeline.beside[name] = spare.result()
         timeline.mark(name)
-    return Booted(engine, settings, timeline, manifest)
+    return Booted(engine, settings, timeline, manifest, supply)
 
 
-def _same_model(settings: Settings, manifest: snapshot.Manifest) -> None:
-    asked = settings.model_name
-    if asked is None or Path(asked).is_dir() or asked in {manifest.source.repo, manifest.served_model_name}:
-        return
-    raise SettingsError(
-        f"MODEL_NAME: {asked!r} is not what the snapshot in {settings.snapshot_dir} holds, which is "
-        f"{manifest.source.repo!r}; unset one of the two"
-    )
-
-
-def _offline(settings: Settings, folder: Path | None) -> dict[str, str]:
-    if folder is None:
+def _offline(settings: Settings, *, offline: bool) -> dict[str, str]:
+    if not offline:
         return {"HF_TOKEN": settings.hf_token} if settings.hf_token else {}
     return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

@@ -51,6 +51,11 @@ class Meter:
     """The job's share of the engine's steps; one GPU's, however many the engine has."""
     prefill_seconds: float = 0.0
     """What of it went into the prompt; the rest is decoding."""
+    steps: int = 0
+    batch: int = 0
+    """Engine steps that the job's requests were in, and how many requests were in each, summed."""
+    joules: float | None = None
+    """The job's share of the GPUs' energy, None where they report none."""
     estimated: bool = False
     """Whether some of it is an equal split by time, or some step's report was lost."""
     calls: list[asyncio.Future[None]] = field(default_factory=list)
@@ -140,6 +145,10 @@ class Usage:
     metering: float = 0.0
     """What the metering itself took, inside the steps."""
     fit: Fit | None = None
+    joules: float | None = None
+    """What the GPUs report to have used since the engine's boot, None where they report nothing."""
+    request_joules: float | None = None
+    """What of it was requests'."""
     estimated: str | None = None
     """Why some shares are an equal split by time instead of measured steps, if some are."""
 

@@ -36,12 +36,24 @@ class BootError(ColdsnapError):
     survives = False
 
 
+class Unfit(BootError):
+    """The machine cannot run the engine; `check` names what is missing, as the platform is told."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"{check}: {message}")
+        self.check = check
+
+
 class SettingsError(BootError):
     """An environment variable has a wrong value; the message names it."""
 
 
 class SnapshotError(BootError):
     """The snapshot is not what its manifest says; the message names the file."""
+
+
+class SourceError(BootError):
+    """A snapshot cannot be had from where it is; the message names the setting or option and the place."""
 
 
 class EngineBootError(BootError):
@@ -58,6 +70,10 @@ class S3Error(ColdsnapError):
 
 class ServeError(BootError):
     """`coldsnap serve` cannot start; the message names the option."""
+
+
+class ReportError(ColdsnapError):
+    """A report cannot be made; the message names the option, the file or its key."""
 
 
 class JobError(ColdsnapError):

@@ -1,6 +1,6 @@
 """One job, from what the platform delivers to what goes back.
 
-job -> request (checked) -> engine stream -> deltas or SSE events -> paced chunks -> record
+job -> request (checked) -> engine stream -> deltas or SSE events -> chunks -> record
 
 `request.py` says which jobs there are; this file says what becomes of one.
 """
@@ -22,7 +22,7 @@ from coldsnap.errors import ColdsnapError, InvalidInput, JobError, RouteNotFound
 from coldsnap.records import Request, Sink, origin
 from coldsnap.request import Http, Native, parse
 from coldsnap.settings import Settings
-from coldsnap.stream import Paced
+from coldsnap.stream import Relay
 
 _NOT_FOUND = 404
 _ERROR_STATUS = 400
@@ -31,10 +31,8 @@ _SERVER_ERROR = 500
 _CHUNK_CHARACTERS = 160_000
 """A chunk of the platform is at most 1 MB, and JSON needs at most six bytes for a character."""
 
-_POST_SECONDS = 0.0004
-"""Twice what a POST costs the process, in CPU time: chunks of all jobs together take up to half a core."""
-_WIDEST_SECONDS = 0.05
-"""The pace never gets wider by load than this."""
+_LAST_CHARACTERS = _CHUNK_CHARACTERS // 2
+"""With room for what else the last chunk holds."""
 
 Chunk = dict[str, Any] | str
 """What one POST carries: a native dict, whole events of an SSE stream, or a whole OpenAI answer."""
@@ -55,44 +53,45 @@ class Jobs:
         self._sink = sink
         self._on_fatal = on_fatal
         self._price = prices.of(engine.info.gpu, settings.gpu_price_per_second)
-        self._running: set[Paced[Piece, Chunk]] = set()
+        self._running: set[Relay[Piece, Chunk]] = set()
         self._reason: ColdsnapError | None = None
 
     async def handle(self, job: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the job's chunks; a job that fails ends with `{"error": <JSON of an OpenAI error body>}`."""
-        paced = Paced(self._run(job), _join, self._interval)
-        self._running.add(paced)
+        relay = Relay(self._run(job), _join)
+        self._running.add(relay)
         # A cancel may find the SDK inside a POST: then nothing is raised here, but its task ends at once.
         task = asyncio.current_task()
         assert task is not None
-        task.add_done_callback(lambda _: self._end(paced))
+        task.add_done_callback(lambda _: self._end(relay))
         try:
-            async for chunk in paced.chunks():
+            async for chunk in relay.chunks():
                 yield chunk
         except ColdsnapError as error:
             if not error.survives:
                 self._on_fatal(error)
             yield {"error": orjson.dumps(error.body()).decode()}
         finally:
-            self._end(paced)
+            self._end(relay)
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a job."""
+        return bool(self._running)
 
     def stop(self, reason: ColdsnapError) -> None:
         """End every running job with `reason`."""
         self._reason = reason
-        for paced in tuple(self._running):
-            paced.stop(reason)
+        for relay in tuple(self._running):
+            relay.stop(reason)
 
-    def _interval(self) -> float:
-        """Return the pace in seconds: wider while many jobs stream, which bounds the work of POSTs."""
-        base = self._settings.chunk_interval_ms / 1000
-        return max(base, min(_WIDEST_SECONDS, len(self._running) * _POST_SECONDS))
-
-    def _end(self, paced: Paced[Piece, Chunk]) -> None:
-        paced.stop()
-        self._running.discard(paced)
+    def _end(self, relay: Relay[Piece, Chunk]) -> None:
+        relay.stop()
+        self._running.discard(relay)
 
     async def _run(self, job: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
         arrival = time.monotonic()
+        boot = self._sink.next_job()
         meter = Meter()
         request: Native | Http | None = None
         error: str | None = None
@@ -117,7 +116,8 @@ class Jobs:
                 await meter.settle()
             finally:
                 times = arrival, ended
-                self._sink.write(self._record(str(job.get("id")), request, meter, times, error))
+                record = self._record(str(job.get("id")), request, meter, times, error)
+                self._sink.write(record.model_copy(update={"boot": boot}))
 
     async def _native(self, request: Native, meter: Meter) -> AsyncGenerator[Piece, None]:
         texts: dict[int, list[str]] = {}
@@ -205,6 +205,8 @@ class Jobs:
             gpu_seconds=cost.gpu_seconds,
             prefill_gpu_seconds=cost.prefill_gpu_seconds,
             decode_gpu_seconds=cost.decode_gpu_seconds,
+            mean_batch=round(meter.batch / meter.steps, 3) if meter.steps else None,
+            joules=cost.joules,
             usd=cost.usd,
             price_per_second=cost.price_per_second,
             estimated=cost.estimated,
@@ -237,14 +239,22 @@ class _Answered(JobError):
 
 
 def _join(pieces: list[Piece]) -> Iterable[Chunk]:
-    """Make chunks of what has accumulated: each completion's text, then events, then whole answers."""
+    """Make chunks of what has accumulated: each completion's text, then events, then the last one or a whole answer.
+
+    The last chunk of a native stream carries what text there still is: one POST less to wait for.
+    """
     texts: dict[int, list[str]] = {}
     events: list[str] = []
+    whole: list[dict[str, Any]] = []
     for piece in pieces:
         if isinstance(piece, Delta):
             texts.setdefault(piece.index, []).append(piece.text)
         elif isinstance(piece, str):
             events.append(piece)
+        else:
+            whole.append(piece)
+    if 0 in texts and whole and sum(map(len, texts[0])) <= _LAST_CHARACTERS:
+        whole[-1] = {**whole[-1], "text": "".join(texts.pop(0))}
     for index, parts in texts.items():
         text = "".join(parts)
         for start in range(0, len(text), _CHUNK_CHARACTERS):
@@ -260,7 +270,7 @@ def _join(pieces: list[Piece]) -> Iterable[Chunk]:
         run.append(event)
     if run:
         yield "".join(run)
-    yield from (piece for piece in pieces if not isinstance(piece, Delta | str))
+    yield from whole
 
 
 async def _whole_events(body: AsyncIterator[bytes]) -> AsyncIterator[str]:

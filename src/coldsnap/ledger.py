@@ -13,6 +13,7 @@ T*phi_i/sum(phi), so a step is conserved also where the model is wrong. `step_mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ RECOMPUTE, EMPTY, TAIL, LOST = "recompute", "empty", "tail", "lost"
 request still cost after its account was closed; steps whose frames did not arrive."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One step of the engine with n requests. Times are seconds of the monotonic clock."""
 
@@ -46,13 +47,19 @@ class Step:
     context: Floats
     """(n,) positions computed so far, this step's included."""
 
-    @property
+    @cached_property
+    def new(self) -> Floats:
+        """(n,) tokens computed, of whatever kind."""
+        new: Floats = self.tokens.sum(axis=1)
+        return new
+
+    @cached_property
     def attention(self) -> Floats:
         """(n,) tokens times context, in reads of one position: the new tokens' positions summed, over a tile.
 
         A decode reads its whole context for one token; a prefill's tokens share a read, a tile at a time.
         """
-        new = self.tokens.sum(axis=1)
+        new = self.new
         attention: Floats = new * (2 * self.context - new + 1) / (2 * np.minimum(new, _TILE))
         return attention
 
@@ -71,15 +78,16 @@ def shares(step: Step, coefficients: Floats) -> Floats:
     a preempted request computes again falls into the third column, which is nobody's: overhead.
     """
     a, b, c, d = coefficients
-    new = step.tokens.sum(axis=1)
+    new = step.new
     common = (a / len(new) + d * step.attention) / new
-    phi = step.tokens * (np.array([b, c, b]) + common[:, None])
+    phi: Floats = common[:, None] + np.array([b, c, b])
+    phi *= step.tokens
     total = phi.sum()
     if not total > 0:  # a step that the model calls free
         phi = step.tokens / new[:, None]
         total = phi.sum()
-    result: Floats = phi * ((step.end - step.start) / total)
-    return result
+    phi *= (step.end - step.start) / total
+    return phi
 
 
 class Ledger:
@@ -98,6 +106,17 @@ class Ledger:
     def lost_steps(self) -> int:
         """Steps that are known to have happened, and how long they took, but not for whom."""
         return self._lost
+
+    @property
+    def held(self) -> Floats:
+        """(n,) seconds of each numbered request that have not been taken."""
+        held: Floats = self._rows.sum(axis=1)
+        return held
+
+    @property
+    def spent(self) -> float:
+        """Seconds charged so far, to requests and to overhead."""
+        return self._busy + sum(self._overhead.values())
 
     def charge(self, step: Step, metering: float = 0.0) -> None:
         """Charge one step, of which `metering` seconds went into measuring it, and learn from it."""

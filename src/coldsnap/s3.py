@@ -8,12 +8,19 @@ boto3, which takes a few tenths of a second: do it beside something else. A `Buc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from coldsnap.errors import S3Error, SettingsError
+
+_READ_BYTES = 256 << 10
+_PART_BYTES = 64 << 20
+"""Of an upload: a bucket takes 10,000 parts of at least 5 MiB."""
+_CONNECTIONS = 32
 
 _URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?")
 
@@ -57,11 +64,14 @@ class Bucket:
         from botocore.config import Config
 
         self.place = place
+        self._attempts = attempts
+        self._timeout = timeout_seconds
         config = Config(
             retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=timeout_seconds,
             read_timeout=timeout_seconds,
-            max_pool_connections=32,
+            max_pool_connections=_CONNECTIONS,
+            response_checksum_validation="when_required",  # who reads a range compares a digest of the whole
         )
         with _translated(str(place)):
             self.client: Any = boto3.session.Session().client("s3", config=config)
@@ -71,12 +81,82 @@ class Bucket:
         with self.naming(name):
             self.client.put_object(Bucket=self.place.bucket, Key=self._key(name), Body=data, Metadata=metadata or {})
 
+    def upload(
+        self,
+        name: str,
+        path: Path,
+        *,
+        part_bytes: int = _PART_BYTES,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> None:
+        """Store the file as `name`, in parts sent side by side if it is larger than one. Whole or not at all.
+
+        `on_bytes` is called with the number of bytes sent since its last call, from several threads.
+        """
+        from boto3.s3.transfer import TransferConfig
+
+        config = TransferConfig(
+            multipart_threshold=part_bytes, multipart_chunksize=part_bytes, preferred_transfer_client="classic"
+        )
+        with self.naming(name), path.open("rb") as file:
+            self.client.upload_fileobj(file, self.place.bucket, self._key(name), Config=config, Callback=on_bytes)
+
     def get(self, name: str) -> bytes:
         """Return the object's bytes."""
-        with self.naming(name):
-            answer = self.client.get_object(Bucket=self.place.bucket, Key=self._key(name))
-            data: bytes = answer["Body"].read()
+        answer = self._open(name)
+        try:
+            with self.naming(name), closing(answer["Body"]) as body:
+                data: bytes = body.read()
+        except S3Error:  # cut off: the rest comes in another way
+            return bytes(self.read(name, 0, answer["ContentLength"]))
         return data
+
+    def read(self, name: str, start: int, size: int) -> bytearray:
+        """Return `size` bytes of the object from `start` on.
+
+        An answer that breaks off, or crawls for longer than the timeout, is continued by a new request from
+        where it had come to; only attempts in a row that bring nothing are counted.
+        """
+        data = bytearray(size)
+        view = memoryview(data)
+        got = attempts = 0
+        while got < size:
+            before, failure = got, f"{self.place}{name}: nothing came"
+            try:
+                for piece in self._pieces(name, start + got, start + size):
+                    view[got : got + len(piece)] = piece
+                    got += len(piece)
+            except _BrokenOff as error:
+                failure = error.message
+            attempts = attempts + 1 if got == before else 0
+            if attempts == self._attempts:
+                raise S3Error(f"{failure}, {attempts} times in a row")
+        return data
+
+    def _pieces(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        answer = self._open(name, f"bytes={start}-{end - 1}")
+        length = answer.get("ContentRange", "").rpartition("/")[2]
+        if not length.isdecimal() or int(length) < end:
+            raise S3Error(f"{self.place}{name}: expected at least {end} bytes, found {length or 'no range of bytes'}")
+        give_up = time.monotonic() + self._timeout
+        try:
+            with self.naming(name), closing(answer["Body"]) as body:
+                for piece in body.iter_chunks(_READ_BYTES):
+                    yield piece
+                    if time.monotonic() > give_up:
+                        return
+        except S3Error as error:
+            raise _BrokenOff(error.message) from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.close()
+
+    def _open(self, name: str, span: str | None = None) -> Any:
+        with self.naming(name):
+            return self.client.get_object(
+                Bucket=self.place.bucket, Key=self._key(name), **({} if span is None else {"Range": span})
+            )
 
     def find(self, name: str) -> Object | None:
         """Return the object, or None if there is none of that name."""
@@ -109,6 +189,10 @@ class Bucket:
         return f"{self.place.prefix}{name}"
 
 
+class _BrokenOff(S3Error):
+    """An answer ended before its last byte."""
+
+
 _REMEDIES = {
     "NoSuchBucket": "there is no such bucket: check its name, AWS_REGION and AWS_ENDPOINT_URL",
     "AccessDenied": "access denied: these credentials may not do this here",
@@ -117,6 +201,7 @@ _REMEDIES = {
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY is wrong",
     "NoSuchKey": "there is no such object",
     "404": "there is no such object",
+    "InvalidRange": "the object is shorter than expected",
 }
 _MISSING = {"NoSuchKey", "404"}
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from coldsnap.errors import SettingsError
+from coldsnap.s3 import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 """The clone, or the image's /app: the folder that holds handler.py."""
@@ -22,6 +24,20 @@ _LOCAL_WORKER = "local"
 
 def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _snapshot_place(value: Any) -> Any:
+    return Place.parse(value, "SNAPSHOT_S3_URI") if isinstance(value, str) else value
+
+
+def _ledger_place(value: Any) -> Any:
+    return Place.parse(value, "LEDGER_S3_URI") if isinstance(value, str) else value
+
+
+def _push_url(value: str | None) -> str | None:
+    if value is not None and not (urlsplit(value).scheme in {"http", "https"} and urlsplit(value).hostname):
+        raise ValueError("expected http://host:port or https://host:port")
+    return value
 
 
 class Settings(BaseModel):
@@ -41,6 +57,21 @@ class Settings(BaseModel):
         None,
         alias="MODEL_NAME",
         description="A snapshot folder, or the hub repository that the snapshot must have been baked from.",
+    )
+    snapshot_s3_uri: Annotated[Place | None, BeforeValidator(_snapshot_place)] = Field(
+        None,
+        alias="SNAPSHOT_S3_URI",
+        description="`s3://bucket/prefix` that a snapshot was pushed to; fetched unless volume or disk has it.",
+    )
+    snapshot_volume: Path = Field(
+        Path("/runpod-volume"),
+        alias="SNAPSHOT_VOLUME",
+        description="The network volume: snapshots in its `coldsnap/`, the platform's in `huggingface-cache/`.",
+    )
+    snapshot_cache: Path = Field(
+        ROOT / ".coldsnap" / "snapshots",
+        alias="SNAPSHOT_CACHE",
+        description="Where fetched snapshots are put if there is no network volume.",
     )
     snapshot_verify: Literal["full", "size"] = Field(
         "full",
@@ -68,7 +99,7 @@ class Settings(BaseModel):
         alias="CHUNK_INTERVAL_MS",
         ge=0,
         le=1000,
-        description="Least time between two chunks of a job; the first leaves at once. Load widens it, up to 50.",
+        description="Least time between two chunks of a job; the first leaves at once. Load widens it, up to 35.",
     )
     drain_seconds: float = Field(
         30.0,
@@ -81,6 +112,24 @@ class Settings(BaseModel):
         ROOT / ".coldsnap",
         alias="COLDSNAP_LEDGER_DIR",
         description="Folder of ledger.jsonl, the cold-start and request records.",
+    )
+    ledger_s3_uri: Annotated[Place | None, BeforeValidator(_ledger_place)] = Field(
+        None,
+        alias="LEDGER_S3_URI",
+        description="`s3://bucket/prefix` that workers on the platform send their records to; AWS_* as boto3 has it.",
+    )
+    ledger_flush_seconds: float = Field(
+        60.0,
+        alias="LEDGER_FLUSH_SECONDS",
+        ge=1,
+        le=3600,
+        description="Least time between two uploads of a busy worker. One that is idle or ends sends at once.",
+    )
+    metrics_push_url: Annotated[str | None, AfterValidator(_push_url)] = Field(
+        None,
+        alias="METRICS_PUSH_URL",
+        repr=False,
+        description="A Pushgateway that the worker pushes its Prometheus metrics to: `https://[user:password@]host`.",
     )
     cost_in_response: bool = Field(
         True,
@@ -116,7 +165,9 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             found = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
-            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {found!r:.200}") from error
+            secret = {name for field in cls.model_fields.values() if not field.repr for name in _variables(field)}
+            shown = "another value" if first["loc"][0] in secret else f"{found!r:.200}"
+            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {shown}") from error
 
     @classmethod
     def others(cls, environ: Mapping[str, str]) -> dict[str, str]:
@@ -134,7 +185,7 @@ class Settings(BaseModel):
             name, *aliases = reversed(_variables(field))
             also = f" (also `{aliases[0]}`)" if aliases else ""
             default = field.default
-            if isinstance(default, Path):
+            if isinstance(default, Path) and default.is_relative_to(ROOT):
                 default = f"`{default.relative_to(ROOT)}/` in the clone"
             elif isinstance(default, bool):
                 default = str(default).lower()
@@ -149,20 +200,13 @@ class Settings(BaseModel):
         return self.job_url is not None
 
     def snapshot(self) -> Path | None:
-        """Return the folder to boot from; None means the hub, which only ALLOW_HUB=true permits."""
+        """Return the folder that the settings name themselves; None if the snapshot has to be looked for."""
         if self.snapshot_dir is not None:
             return self.snapshot_dir.absolute()
         if self.model_name is None:
-            return ROOT / "snapshots" / "demo"
+            return None if self.snapshot_s3_uri else ROOT / "snapshots" / "demo"
         folder = Path(self.model_name)
-        if folder.is_dir():
-            return folder.absolute()
-        if not self.allow_hub:
-            raise SettingsError(
-                f"MODEL_NAME: {self.model_name!r} is not a folder here; set it to a baked snapshot's folder, "
-                f"or set ALLOW_HUB=true to download the model at boot"
-            )
-        return None
+        return folder.absolute() if folder.is_dir() else None
 
 
 def _variables(field: Any) -> list[str]:

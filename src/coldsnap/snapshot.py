@@ -38,7 +38,7 @@ Verify = Literal["full", "size"]
 
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {".", MANIFEST}:
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in {".", MANIFEST} or "\0" in name:
         raise ValueError(f"{name!r} must be a plain relative path inside the snapshot, without '..'")
     return name
 
@@ -138,21 +138,26 @@ def load_manifest(folder: Path) -> Manifest:
         raise SnapshotError(
             f"snapshot {folder}: {MANIFEST} cannot be read ({error.strerror}); expected a baked snapshot"
         ) from error
+    return parse_manifest(content, str(folder))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Return the manifest that `content` is; `SnapshotError` names `where` it is from."""
     try:
         data = orjson.loads(content)
     except orjson.JSONDecodeError as error:
-        raise SnapshotError(f"snapshot {folder}: {MANIFEST} is not JSON: {error}") from error
+        raise SnapshotError(f"snapshot {where}: {MANIFEST} is not JSON: {error}") from error
     if isinstance(data, dict) and isinstance(found := data.get("schema_version"), int) and found > SCHEMA_VERSION:
         raise SnapshotError(
-            f"snapshot {folder}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION} or less, "
+            f"snapshot {where}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION} or less, "
             f"found {found}; it needs a newer coldsnap"
         )
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise SnapshotError(f"snapshot {folder}: {MANIFEST}: {where}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise SnapshotError(f"snapshot {where}: {MANIFEST}: {field}: {first['msg']}") from error
 
 
 def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> None:

@@ -18,7 +18,8 @@ from coldsnap.ledger import Step
 from coldsnap.step_meter import BROKEN, EVENT, HEADER
 
 _PIPE_BYTES = 1 << 20
-_READ_EVERY_SECONDS = 0.02
+_READ_EVERY_SECONDS = 0.05
+"""The first frame of a read costs several times what those behind it do, which find the caches warm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Frame:
 
 
 class StepReader:
-    """Reads the frames: on demand with `drain`, and every 20 ms while an event loop runs."""
+    """Reads the frames: on demand with `drain`, and every 50 ms while an event loop runs."""
 
     def __init__(self, on_frame: Callable[[Frame], None]) -> None:
         self._on_frame = on_frame

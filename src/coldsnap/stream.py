@@ -1,4 +1,4 @@
-"""Pace a stream: the first piece leaves at once, afterwards what has accumulated leaves together.
+"""Hand a stream on: a piece leaves at once; what accumulates while a chunk is on its way leaves together.
 
 The source runs in a task of its own, so that a slow consumer (a POST under way, a platform that retries)
 never holds up the engine, and so that a cancelled job can be stopped while its consumer is stuck.
@@ -15,21 +15,15 @@ Piece = TypeVar("Piece")
 Chunk = TypeVar("Chunk")
 
 
-class Paced(Generic[Piece, Chunk]):
-    """Chunks of a stream of pieces, at least `interval()` seconds apart except for the first and the last.
+class Relay(Generic[Piece, Chunk]):
+    """Chunks of a stream of pieces, one at a time.
 
     `join` makes the chunks out of the pieces that have accumulated. When the source raises, what it gave
     before leaves first, then its error is raised.
     """
 
-    def __init__(
-        self,
-        source: AsyncGenerator[Piece, None],
-        join: Callable[[list[Piece]], Iterable[Chunk]],
-        interval: Callable[[], float],
-    ) -> None:
+    def __init__(self, source: AsyncGenerator[Piece, None], join: Callable[[list[Piece]], Iterable[Chunk]]) -> None:
         self._join = join
-        self._interval = interval
         self._pieces: list[Piece] = []
         self._some = asyncio.Event()
         self._reason: Exception | None = None
@@ -48,18 +42,13 @@ class Paced(Generic[Piece, Chunk]):
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """Yield the chunks in order. Ends early, without an error, when stopped without a reason."""
-        loop = asyncio.get_running_loop()
-        earliest = loop.time()
         while self._pieces or not self._task.done():
             await self._some.wait()
-            if (pause := earliest - loop.time()) > 0:
-                await asyncio.wait([self._task], timeout=pause)  # the last chunk does not wait
             if not self._task.done():
                 self._some.clear()
             pieces, self._pieces = self._pieces, []
             for chunk in self._join(pieces):
                 yield chunk
-            earliest = loop.time() + self._interval()
         if self._reason is not None:
             raise self._reason
         if not self._task.cancelled():

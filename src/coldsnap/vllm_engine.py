@@ -12,16 +12,18 @@ import contextlib
 import difflib
 import gc
 import importlib
+import importlib.abc
 import importlib.metadata
 import logging
+import sys
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldsnap import arguments, asgi, step_meter
+from coldsnap import arguments, asgi, processes, step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
@@ -32,9 +34,11 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
+from coldsnap.pace import Pace, PacedQueue
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
+    from coldsnap.energy import EnergyCounters
 
 _METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
 _CALLS: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
@@ -77,8 +81,11 @@ class _Conflict(JobError):
     type = "Conflict"
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that vLLM needs set before it is imported, where the user has not set them."""
+def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that vLLM needs set before it is imported, where the user has not set them.
+
+    `manifest` holds the engine arguments baked into the snapshot.
+    """
     wanted = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -86,32 +93,68 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    if _is_cpu_build():
+    if is_cpu_build():
         # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
         # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
-        wanted |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-        }
+        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        if not (manifest.get("kv_cache_memory_bytes") or environ.get("KV_CACHE_MEMORY_BYTES")):
+            wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # it would overrule the argument
+        if _eager(environ, manifest):
+            # `enforce_eager` leaves some helpers to torch.compile: Inductor is imported for them in the boot, and
+            # a C++ compiler is needed at the first request that uses one.
+            wanted["TORCHDYNAMO_DISABLE"] = "1"
     return {name: value for name, value in wanted.items() if name not in environ}
 
 
 def version() -> str:
     """Return vLLM's version, whichever distribution it came in."""
-    return importlib.metadata.version("vllm-cpu" if _is_cpu_build() else "vllm")
+    return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
 
 
-def load() -> None:
+def load(environ: Mapping[str, str]) -> None:
     """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
+    if environ.get("TORCHDYNAMO_DISABLE") == "1":
+        with _absent("torch._inductor.lowering"):
+            importlib.import_module("vllm")
     from vllm.v1.engine import async_llm  # noqa: F401
 
     # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
     logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
     importlib.import_module(_parser_module())
+
+
+def inspect_models(architectures: Sequence[str]) -> list[str]:
+    """Have vLLM look at these classes and cache what it finds, as the first boot would; return those it knows."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = [name for name in architectures if name in ModelRegistry.models]
+    for name in known:
+        ModelRegistry.models[name].inspect_model_cls()
+    return known
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Let imports of `module` fail.
+
+    vLLM patches Inductor's lowering as it is imported, and goes without where there is none: a tenth of the whole
+    import, for a compiler that is switched off.
+    """
+
+    class Refusal(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: object, target: object = None) -> None:  # noqa: ARG002
+            if name == module:
+                raise ModuleNotFoundError(f"{name} is put off", name=name)
+
+    refusal = Refusal()
+    sys.meta_path.insert(0, refusal)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(refusal)
 
 
 def load_http() -> None:
@@ -127,6 +170,7 @@ def boot(
     environ: MutableMapping[str, str],
     engine_environ: Mapping[str, str],
     digest: str | None,
+    chunk_interval: float,
     mark: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> VllmEngine:
@@ -162,14 +206,15 @@ def boot(
     # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
     # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
     environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    accounts = Accounts(Ledger(StepModel(*_sizes(config))), _unmetered(config), warn)
+    energy = _energy(config.parallel_config, warn)
+    accounts = Accounts(Ledger(StepModel(*_sizes(config))), _unmetered(config), warn, energy=energy)
     if accounts.reader is not None:
         config.scheduler_config.scheduler_cls = step_meter.FACTORY
         environ[step_meter.VARIABLE] = accounts.reader.path
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
-        llm = _metered_llm(accounts).from_vllm_config(
+        llm = _metered_llm(accounts, Pace(chunk_interval)).from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
@@ -178,6 +223,8 @@ def boot(
         gc.enable()
         if accounts.reader is not None:
             accounts.reader.opened()
+    if energy is not None:
+        energy.start()
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
@@ -279,8 +326,11 @@ class VllmEngine:
             raise EngineDead("the engine process is gone")
 
     def close(self) -> None:
-        """See `Engine.close`."""
-        self._llm.shutdown()
+        """See `Engine.close`: killed, because vLLM would collect garbage for a next engine in two processes, 1.4 s."""
+        logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)  # it warns that it has to kill
+        with processes.without_leaks():
+            self._llm.shutdown(timeout=0.0)
+        self._accounts.end()
 
     async def _application(self) -> Any:
         if self._app is None:
@@ -292,6 +342,7 @@ class VllmEngine:
         tasks = await self._llm.get_supported_tasks()
         app = build(self._args, tasks, self._llm.model_config)
         await init(self._llm, app.state, self._args, tasks)
+        gc.freeze()  # see `worker`: it stays as long as the worker does
         return app
 
     async def _render(self, request: Generation) -> Any:
@@ -344,9 +395,13 @@ class VllmEngine:
             raise InvalidInput(f"{where}: {message}", param=where) from error
 
 
-def _metered_llm(accounts: Accounts) -> Any:
-    """Return `AsyncLLM`, noting every request, native or from its HTTP application, in the job's meter."""
+def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
+    """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -376,6 +431,13 @@ def _metered_llm(accounts: Accounts) -> Any:
                 calls.append(call)
             return call
 
+        async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            queue = await super().add_request(request_id, prompt, params, *args, **kwargs)
+            if queue.aggregate:  # a stream of deltas
+                queue.__class__ = Queue
+                queue.begin(pace)
+            return queue
+
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
@@ -391,6 +453,18 @@ def _unmetered(config: Any) -> str | None:
     if config.parallel_config.data_parallel_size > 1:
         return "it has several cores, whose steps overlap"
     return None
+
+
+def _energy(parallel: Any, warn: Callable[[str], None]) -> EnergyCounters | None:
+    """Return the energy counters of the engine's GPUs, None without an NVIDIA GPU."""
+    from vllm.platforms import current_platform
+
+    from coldsnap.energy import EnergyCounters
+
+    if not current_platform.is_cuda():
+        return None
+    devices = [current_platform.device_id_to_physical_device_id(i) for i in range(parallel.world_size)]
+    return EnergyCounters(devices, warn)
 
 
 def _sizes(config: Any) -> tuple[float, float]:
@@ -481,7 +555,13 @@ def _first_complaint(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _is_cpu_build() -> bool:
+def _eager(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> bool:
+    given = environ.get("ENFORCE_EAGER")
+    return arguments.is_true(given) if given else manifest.get("enforce_eager") is True
+
+
+def is_cpu_build() -> bool:
+    """Return whether this vLLM is the one for processors, which needs no GPU."""
     try:
         importlib.metadata.distribution("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

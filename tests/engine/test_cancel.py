@@ -59,7 +59,7 @@ async def test_a_cancelled_job_is_aborted_in_the_engine_within_a_second(worker: 
 
 
 async def test_a_cancel_reaches_a_job_whose_post_hangs(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.plane, "_faults", Faults(delay=20))
+    monkeypatch.setattr(worker.plane, "faults", Faults(delay=20))
     for shape in ("native stream", "OpenAI stream"):
         job = worker.plane.submit(SHAPES[shape])
         await eventually(lambda job=job: job.posts == 1, 2)  # type: ignore[misc]
@@ -76,7 +76,7 @@ async def test_a_hanging_post_holds_up_neither_the_engine_nor_other_jobs(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(worker.plane, "_faults", Faults(delay=4))
+        patch.setattr(worker.plane, "faults", Faults(delay=4))
         slow = worker.ask(QUESTION)
         await eventually(lambda: slow.posts == 1, 2)
     begun = time.monotonic()

@@ -13,12 +13,16 @@ import statistics
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import openai
 import pytest
 import pytest_asyncio
 
+from coldsnap import cli
+from coldsnap.report import figures, source, store
 from coldsnap.testing import Job, JobFailed
 
 from .worker import MODEL, Worker, user
@@ -41,6 +45,7 @@ class Run:
     lived: float
     """Seconds from just before the process was started until it had ended."""
     jobs: dict[str, list[str]]
+    ledger: Path
 
     def of(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["record"] == kind]
@@ -120,7 +125,7 @@ async def run(tmp_path_factory: pytest.TempPathFactory, home: Any) -> AsyncItera
         await asyncio.sleep(0.3)
         worker.process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(worker.process.wait(), 60)
-        yield Run(worker.records(), time.time() - worker.spawned, traffic.jobs)
+        yield Run(worker.records(), time.time() - worker.spawned, traffic.jobs, worker.folder / "ledger.jsonl")
 
 
 async def test_every_second_of_the_worker_has_an_owner(run: Run) -> None:
@@ -174,6 +179,8 @@ async def test_the_same_request_costs_less_in_a_full_batch(run: Run) -> None:
         statistics.median(record["decode_gpu_seconds"] for record in run.named(name)) for name in ("alone", "crowded")
     )
     assert crowded < 0.7 * alone
+    assert {record["mean_batch"] for record in run.named("alone")} == {1.0}
+    assert min(record["mean_batch"] for record in run.named("crowded")) > 4
 
 
 async def test_a_cached_prefix_is_not_paid_again(run: Run) -> None:
@@ -201,6 +208,50 @@ async def test_the_fit_predicts_the_steps(run: Run) -> None:
     assert fit["steps"] <= run.last["steps"]
     assert min(fit[name] for name in "abcd") >= 0
     assert run.last["metering_seconds"] < 0.02 * (run.last["busy_gpu_seconds"] + run.last["overhead_gpu_seconds"])
+
+
+_SUMS = """
+SELECT count(*), sum(gpu_seconds), sum(prefill_gpu_seconds), sum(decode_gpu_seconds), sum(completion_tokens),
+    sum(prompt_tokens - cached_tokens), sum(usd), count(error)
+FROM read_json_auto($path, union_by_name = true) WHERE record = 'request'
+"""
+
+
+async def test_the_reports_figures_are_duckdbs_own_sums(run: Run, tmp_path: Path) -> None:
+    intake = source.read(str(run.ledger), tmp_path)
+    with store.load(intake.lines, since=None, loaded="by-gpu-seconds") as database:
+        found = figures.gather(database, "model", None, None)
+    assert (intake.records, intake.torn, found.notes) == (len(run.records), (), [])
+    total = found.total
+    names = ["requests", "gpu_seconds", "prefill", "decode", "output_tokens", "input_tokens", "usd", "failed"]
+    (sums,) = duckdb.execute(_SUMS, {"path": str(run.ledger)}).fetchall()
+    assert [total[name] for name in names] == pytest.approx(sums)
+    (whole,) = duckdb.execute(
+        "SELECT max(gpu_seconds) FROM read_json_auto($path, union_by_name = true) WHERE record = 'worker'",
+        {"path": str(run.ledger)},
+    ).fetchall()
+    assert sum(found.spent.values()) == pytest.approx(whole[0])
+    assert total["loaded_gpu_seconds"] == pytest.approx(whole[0], rel=1e-3)
+    assert found.phases[0]["phase"] == "python"
+
+
+async def test_the_reports_curve_shows_that_company_makes_a_token_cheaper(run: Run, tmp_path: Path) -> None:
+    intake = source.read(str(run.ledger), tmp_path)
+    with store.load(intake.lines, since=None, loaded="by-gpu-seconds") as database:
+        rows = figures.gather(database, "model", None, None).batches
+    assert rows[0]["batch"] == 1
+    assert rows[-1]["batch"] >= 16
+    assert rows[-1]["seconds"][1] < 0.5 * rows[0]["seconds"][1]
+
+
+async def test_the_page_says_the_sums(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(run.ledger), "--html", str(page)]) == 0
+    said = page.read_text("utf-8"), capsys.readouterr().out
+    for part in figures.PARTS:
+        assert all(f"{run.last[f'{part}_gpu_seconds']:,.3f}" in text for text in said)
+    shares = sum(record["gpu_seconds"] for record in run.of("request"))
+    assert all(f"{shares:,.3f}" in text for text in said)
 
 
 async def test_the_official_client_parses_an_answer_with_its_cost(client: openai.AsyncOpenAI) -> None:

@@ -201,6 +201,7 @@ EARLY = {
     "DRAIN_SECONDS": ("-1", "DRAIN_SECONDS: .*greater than or equal to 0"),
     "SNAPSHOT_VERIFY": ("maybe", "SNAPSHOT_VERIFY: .*'full' or 'size'.*'maybe'"),
     "MODEL_NAME": ("org/other", "MODEL_NAME: 'org/other' is not a folder here"),
+    "SNAPSHOT_S3_URI": ("https://bucket/x", "SNAPSHOT_S3_URI: expected s3://bucket/prefix"),
 }
 
 

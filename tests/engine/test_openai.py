@@ -186,6 +186,9 @@ async def test_responses_are_served(client: openai.AsyncOpenAI, stream: bool) ->
     events = [event async for event in await client.responses.create(model=MODEL, input=QUESTION, stream=True)]
     assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
+    response = events[-1].response
+    assert response.usage.output_tokens > 1
+    assert response.model_extra["cost"]["gpu_seconds"] > 0
 
 
 async def test_messages_in_anthropics_shape_are_served(worker: Worker) -> None:
@@ -197,6 +200,9 @@ async def test_messages_in_anthropics_shape_are_served(worker: Worker) -> None:
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     assert (events[0]["type"], events[-1]["type"]) == ("message_start", "message_stop")
     assert "".join(event.get("delta", {}).get("text") or "" for event in events) == ANSWER
+    (last,) = [event for event in events if "cost" in event]
+    assert (last["type"], last["usage"]["output_tokens"] > 1) == ("message_delta", True)
+    assert last["cost"]["gpu_seconds"] > 0
     (counted,) = await worker.openai("/v1/messages/count_tokens", body).result(10)
     assert counted["input_tokens"] == plain["usage"]["input_tokens"]
 
@@ -404,7 +410,7 @@ async def asked_of_vllm(server: aiohttp.ClientSession, route: str, body: Body) -
 
 def blanked(text: str) -> str:
     """Blank what differs from request to request, ids and times, and leave out what is ours, the cost."""
-    text = re.sub(r', ?"cost": ?\{[^}]*\}', "", text)
+    text = re.sub(r', ?"cost": ?\{[^}]*\}|"cost": ?\{[^}]*\}, ?', "", text)
     text = re.sub(r"\b(chatcmpl-tool|chatcmpl|cmpl|resp|msg|rs|call|modelperm)([-_])[0-9a-f]{6,}", r"\1\2*", text)
     return re.sub(r'("(?:created|created_at|completed_at)": ?)[0-9.]+', r"\g<1>0", text)
 

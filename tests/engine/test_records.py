@@ -21,11 +21,15 @@ COMMON = {
     "schema_version", "time", "monotonic", "worker_id", "endpoint_id", "gpu", "gpu_count", "snapshot_digest", "vllm",
     "record",
 }  # fmt: skip
-COLD_START = COMMON | {"boot", "seconds", "phases", "beside", "snapshot_bytes", "model"}
+COLD_START = COMMON | {
+    "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
+    "fetch_gb_per_second", "model", "revival", "away_seconds",
+}  # fmt: skip
 REQUEST = COMMON | {
-    "job_id", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens", "queue_seconds",
+    "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
+    "queue_seconds",
     "ttft_seconds", "itl_seconds", "duration_seconds", "finish_reason", "error", "gpu_seconds",
-    "prefill_gpu_seconds", "decode_gpu_seconds", "usd", "price_per_second", "estimated", "fit",
+    "prefill_gpu_seconds", "decode_gpu_seconds", "mean_batch", "usd", "price_per_second", "estimated", "fit",
 }  # fmt: skip
 
 
@@ -43,6 +47,7 @@ async def test_the_phases_of_a_cold_start_add_up_to_process_start_till_ready(wor
     assert list(first["phases"])[:3] == ["python", "settings", "import_vllm"]
     assert {"configure", "engine", "warm_up"} <= first["phases"].keys()
     assert first["phases"]["import_vllm"] > 1
+    assert first["beside"].keys() == {"fitness", "read_snapshot", "import_sdk", "import_http"}
     assert 0 < first["beside"]["read_snapshot"] < first["seconds"]
     # Against the clock outside: the process was started just after `spawned`.
     assert seconds_between(first, worker.spawned) == pytest.approx(first["seconds"], abs=0.3)
@@ -52,6 +57,8 @@ async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> No
     first = worker.records()[0]
     assert first["snapshot_digest"] == MANIFEST.digest
     assert first["snapshot_bytes"] == MANIFEST.size
+    assert (first["source"], first["verified"]) == ("image", True)
+    assert (first["fetched_bytes"], first["fetch_gb_per_second"]) == (0, None)
     assert (first["worker_id"], first["endpoint_id"]) == ("worker-1", worker.plane.endpoint_id)
     assert (first["gpu"], first["gpu_count"]) == ("cpu", 1)
     assert first["vllm"]

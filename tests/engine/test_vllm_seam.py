@@ -15,6 +15,7 @@ import pytest
 
 from coldsnap import routes, vllm_engine
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput, JobError, RouteRefused
+from coldsnap.pace import Pace, PacedQueue
 
 from .worker import MANIFEST, ROOT, SNAPSHOT
 
@@ -284,3 +285,43 @@ def test_one_module_imports_vllm_and_one_the_sdk() -> None:
     assert importers["vllm"] == {"vllm_engine.py"}
     assert importers["runpod"] == {"worker.py"}
     assert len(importers["boto3"]) <= 1
+
+
+# The queue of a request.
+
+
+async def test_a_requests_queue_is_one_that_the_pace_can_take_over() -> None:
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    def output(text: str, *, finished: bool = False) -> Any:
+        reason = "stop" if finished else None
+        part = CompletionOutput(0, text, [ord(text)], None, None, finish_reason=reason)
+        return RequestOutput("x", None, [1], None, [part], finished)
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        pass
+
+    queue: Any = RequestOutputCollector(RequestOutputKind.DELTA, "x")
+    assert queue.aggregate
+    queue.__class__ = Queue
+    queue.begin(Pace(3600.0))
+    queue.put(output("a"))
+    assert (await queue.get()).outputs[0].text == "a"
+    for text in "bcd":
+        queue.put(output(text))
+    assert queue.get_nowait() is None
+    queue.put(output("e", finished=True))
+    last = await queue.get()
+    assert (last.finished, last.outputs[0].text, last.outputs[0].finish_reason) == (True, "bcde", "stop")
+    assert list(last.outputs[0].token_ids) == [ord(text) for text in "bcde"]
+    queue.close()
+
+
+def test_a_request_is_added_where_its_queue_can_be_paced() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    source = inspect.getsource(AsyncLLM.generate)
+    for call in ("self.add_request(", "q.get_nowait() or await q.get()", "q.close()"):
+        assert call in source

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coldsnap.accounts import Account, Accounts
+from coldsnap.energy import EnergyCounters, Reading
 from coldsnap.engine import Meter
 from coldsnap.ledger import LOST, TAIL, Ledger, Step
 from coldsnap.step_model import StepModel
@@ -20,12 +21,13 @@ Tokens = dict[int, tuple[int, int, int]]
 class Bench:
     """Accounts, the warnings they gave, and a clock for the steps."""
 
-    def __init__(self, unmetered: str | None = None) -> None:
+    def __init__(self, unmetered: str | None = None, energy: EnergyCounters | None = None) -> None:
         self.warnings: list[str] = []
         self.clock = 0.0
         self.wall = 0.0
         """What the equal split goes by."""
-        self.accounts = Accounts(Ledger(StepModel(1e9, 1e5)), unmetered, self.warnings.append, clock=lambda: self.wall)
+        ledger = Ledger(StepModel(1e9, 1e5))
+        self.accounts = Accounts(ledger, unmetered, self.warnings.append, lambda: self.wall, energy)
 
     def open(self, name: str, requests: int = 1) -> tuple[Account, Meter]:
         meter = Meter()
@@ -160,6 +162,22 @@ async def test_ids_as_they_are_where_vllm_does_not_add_to_them(bench: Bench) -> 
     assert meter.gpu_seconds == pytest.approx(1.0)
 
 
+async def test_a_call_knows_the_mean_batch_of_its_steps(bench: Bench) -> None:
+    account, meter = bench.open("job", requests=2)
+    bench.frame({0: (10, 0, 0), 200: (10, 0, 0)}, begin={0: "0_job-0123abcd", 200: "1_job-0123abcd"})
+    bench.frame({0: (0, 1, 0), 200: (0, 1, 0), 2: (0, 1, 0), 3: (0, 1, 0)})
+    bench.accounts.close(account, aborted=False)
+    assert (meter.steps, meter.batch) == (4, 12)
+
+
+async def test_a_number_that_is_given_again_starts_anew(bench: Bench) -> None:
+    bench.frame({0: (10, 0, 0), 1: (10, 0, 0)}, begin={0: "stranger-0123abcd"})
+    account, meter = bench.open("job")
+    bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"}, gone=(0,))
+    bench.accounts.close(account, aborted=False)
+    assert (meter.steps, meter.batch) == (1, 1)
+
+
 async def test_what_nobody_asked_for_is_overhead(bench: Bench) -> None:
     bench.frame({0: (10, 0, 0)}, begin={0: "stranger-0123abcd"})
     bench.frame(gone=(0,))
@@ -227,3 +245,58 @@ async def test_an_engine_that_cannot_be_metered_is_estimated_from_the_start() ->
     assert meter.gpu_seconds == pytest.approx(0.05)
     assert meter.calls[0].done()
     assert meter.estimated
+
+
+class TestJoules:
+    def counters(self) -> EnergyCounters:
+        return EnergyCounters([], lambda _: None)
+
+    async def test_a_job_pays_the_energy_of_its_seconds(self) -> None:
+        counters = self.counters()
+        bench = Bench(energy=counters)
+        counters.latest = Reading(0.0, 1000.0)
+        account, meter = bench.open("job")
+        bench.frame(begin={0: "job-0123abcd"})
+        bench.frame({0: (10, 0, 0)})
+        counters.latest = Reading(4.0, 1800.0)
+        bench.frame({0: (0, 1, 0)})
+        bench.accounts.close(account, aborted=False)
+        assert meter.joules == pytest.approx(2 * 200.0)
+        usage = bench.accounts.usage()
+        assert (usage.joules, usage.request_joules) == pytest.approx((800.0, 400.0))
+
+    async def test_without_counters_there_are_none(self) -> None:
+        for counters in (None, self.counters()):
+            bench = Bench(energy=counters)
+            account, meter = bench.open("job")
+            bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
+            bench.accounts.close(account, aborted=False)
+            usage = bench.accounts.usage()
+            assert meter.joules is usage.joules is usage.request_joules is None
+
+    async def test_there_are_none_once_a_counter_has_failed_or_costs_are_estimated(self) -> None:
+        for fault in ("counter", "frames"):
+            counters = self.counters()
+            bench = Bench(energy=counters)
+            counters.latest = Reading(0.0, 1000.0)
+            account, meter = bench.open("job")
+            bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
+            if fault == "counter":
+                counters.latest = None
+            else:
+                bench.frame(broken="no more frames")
+            bench.accounts.close(account, aborted=False)
+            assert meter.joules is bench.accounts.usage().joules is None
+
+    async def test_a_job_that_was_torn_down_leaves_its_joules_to_the_worker(self) -> None:
+        counters = self.counters()
+        bench = Bench(energy=counters)
+        counters.latest = Reading(0.0, 1000.0)
+        account, meter = bench.open("job")
+        bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
+        counters.latest = Reading(1.0, 1100.0)
+        bench.frame({0: (0, 1, 0)})
+        meter.final = True
+        bench.accounts.close(account, aborted=False)
+        assert meter.joules is None
+        assert bench.accounts.usage().request_joules == 0.0

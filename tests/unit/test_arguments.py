@@ -48,7 +48,7 @@ FIXED = {"model": "/snapshot"}
 @pytest.fixture(scope="module")
 def new_parser() -> Callable[[], Parser]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in vllm_engine.environment(os.environ).items():
+        for name, value in vllm_engine.environment(os.environ, {}).items():
             patch.setenv(name, value)
         with warnings.catch_warnings(action="ignore"):  # torch's own
             cli = importlib.import_module(vllm_engine._parser_module())

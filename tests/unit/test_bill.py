@@ -48,6 +48,10 @@ def test_gpu_seconds_are_those_of_all_gpus() -> None:
     }
 
 
+def test_joules_are_there_where_they_were_measured() -> None:
+    assert Bill.of(Meter(gpu_seconds=0.5, joules=12.3456789), INFO, Price(None, "")).fields()["joules"] == 12.345679
+
+
 @pytest.mark.parametrize(
     "texts",
     [
@@ -94,6 +98,12 @@ async def test_a_chunk_that_cannot_be_the_last_is_not_held_back() -> None:
     "texts",
     [
         ('data: {"error":{"message":"no"}}\n\n', DONE),
+        (
+            'event: message_delta\ndata: {"delta":{"usage":"}"}}\n\n',
+            'event: response.completed\ndata: {"response":null}\n\n',
+        ),
+        ('event: response.completed\ndata: {"response":{}}\n\n',),
+        ('event: response.created\ndata: {"response":{"usage":null}}\n\n',),
         ("event: message_delta\ndata: {}\n\n", "event: message_stop\ndata: {}\n\n"),
         (": a comment\n\n", DONE),
         (DONE,),
@@ -103,6 +113,36 @@ async def test_a_chunk_that_cannot_be_the_last_is_not_held_back() -> None:
 )
 async def test_errors_and_other_protocols_pass_as_they_are(texts: tuple[str, ...]) -> None:
     assert "".join(await run(*texts)) == "".join(texts)
+
+
+RESPONSE = {"output": [{"text": 'a "response":{ b'}], "usage": {"total_tokens": 3}}
+COMPLETED = {"response": RESPONSE, "sequence_number": 9, "type": "response.completed"}
+MESSAGE = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 3}}
+
+
+def named(body: dict[str, object]) -> str:
+    return f"event: {body['type']}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_response_says_its_cost_beside_its_usage(order: int) -> None:
+    completed = dict(list(COMPLETED.items())[::order])
+    given = named({"type": "response.in_progress", "response": {}}) + named(completed)
+    before, event, rest = "".join(await run(given)).split("\n\n")
+    assert (before, rest) == (given.split("\n\n")[0], "")
+    got = json.loads(event.partition("data: ")[2])
+    assert got["response"].pop("cost") == BILL.fields()
+    assert got == completed
+
+
+async def test_a_message_says_its_cost_beside_its_usage() -> None:
+    start, stop = named({"type": "message_start", "usage": {}}), named({"type": "message_stop"})
+    got = "".join(await run(start, named(MESSAGE) + stop))
+    assert got.startswith(start)
+    assert got.endswith(stop)
+    event = json.loads(got[len(start) : -len(stop)].partition("data: ")[2])
+    assert event.pop("cost") == BILL.fields()
+    assert event == MESSAGE
 
 
 def test_an_answer_without_usage_has_no_cost() -> None:

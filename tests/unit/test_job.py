@@ -343,9 +343,17 @@ class TestJoin:
         assert list(_join([])) == []
         assert list(_join([Delta("", finish_reason="stop")])) == []
 
-    def test_the_result_comes_last(self) -> None:
+    def test_the_result_comes_last_and_carries_the_rest_of_the_text(self) -> None:
         result = {"text": "", "finish_reason": "stop"}
-        assert list(_join([Delta("a"), result])) == [{"text": "a"}, result]
+        assert list(_join([Delta("a"), Delta("b", 1), Delta("c"), result])) == [
+            {"text": "b", "index": 1},
+            {"text": "ac", "finish_reason": "stop"},
+        ]
+        assert list(_join([result])) == [result]
+
+    def test_a_rest_too_long_for_the_result_leaves_before_it(self) -> None:
+        result = {"text": "", "finish_reason": "stop"}
+        assert list(_join([Delta("x" * 100_000), result])) == [{"text": "x" * 100_000}, result]
 
     def test_events_are_put_together_whole(self) -> None:
         assert list(_join(["data: 1\n\n", "data: 2\n\n"])) == ["data: 1\n\ndata: 2\n\n"]
@@ -475,11 +483,11 @@ class TestNative:
         ]
         worker = Worker(FakeEngine(script), tmp_path)
         *texts, (end, last) = await worker.timed({"prompt": "What is it?", "stream": True})
-        assert texts == [(0.0, {"text": "Cold "}), (0.02, {"text": "snap"}), (1.01, {"text": "."})]
+        assert texts == [(0.0, {"text": "Cold "}), (0.005, {"text": "sn"}), (0.01, {"text": "ap"})]
         assert end == 1.01
         assert isinstance(last, dict)
         assert last.pop("cost")["gpu_seconds"] == last.pop("gpu_seconds") >= 0
-        assert last == {"text": "", "finish_reason": "stop", "usage": usage(3, 4)}
+        assert last == {"text": ".", "finish_reason": "stop", "usage": usage(3, 4)}
 
     async def test_without_stream_there_is_one_dict(self, tmp_path: Path) -> None:
         script = [Delta("日"), 0.1, Delta("本"), 0.1, Delta("", finish_reason="length")]
@@ -506,12 +514,12 @@ class TestNative:
         assert isinstance(last, dict)
         choices = [{"index": 0, "finish_reason": "stop"}, {"index": 1, "finish_reason": "length"}]
         if stream:
-            assert texts == [{"text": "ab"}, {"text": "xy", "index": 1}]
+            assert texts == [{"text": "xy", "index": 1}]
         else:
             assert texts == []
             choices = [choice | {"text": text} for choice, text in zip(choices, ("ab", "xy"), strict=True)]
         assert last["choices"] == choices
-        assert (last["text"], last["finish_reason"]) == ("" if stream else "ab", "stop")
+        assert (last["text"], last["finish_reason"]) == ("ab", "stop")
 
     async def test_an_error_of_the_engine_comes_after_the_text_before_it(self, tmp_path: Path) -> None:
         script = [Delta("a"), InvalidInput("prompt: too long", param="prompt")]
@@ -821,13 +829,7 @@ class TestRecord:
             assert part not in said
 
 
-class TestPace:
-    async def test_the_interval_is_a_setting(self, tmp_path: Path) -> None:
-        script = [*(Delta("x"), 0.01) * 100, Delta("", finish_reason="stop")]
-        worker = Worker(FakeEngine(script), tmp_path, CHUNK_INTERVAL_MS="250")
-        times = [time for time, _ in await worker.timed(NATIVE_STREAM)]
-        assert times == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
-
+class TestReaders:
     async def test_one_slow_reader_does_not_hold_another_up(self, tmp_path: Path) -> None:
         script = [*(Delta("x"), 0.01) * 100, Delta("", finish_reason="stop")]
         worker = Worker(FakeEngine(script), tmp_path)

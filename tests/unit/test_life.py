@@ -11,7 +11,7 @@ import pytest
 from coldsnap.boot import Booted
 from coldsnap.engine import EngineInfo, Usage
 from coldsnap.life import Life
-from coldsnap.records import Sink
+from coldsnap.records import LEDGER, Sink
 from coldsnap.settings import Settings
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
@@ -31,7 +31,8 @@ class Bench(FakeEngine):
         timeline = Timeline(lambda: 8.0)
         timeline.mark("engine")
         booted = Booted(self, Settings.read({}), timeline, None)
-        self.life = Life(booted, Sink(folder, self.lines.append), clock=lambda: self.now)
+        self.sink = Sink(folder, self.lines.append)
+        self.life = Life(booted, self.sink, clock=lambda: self.now)
 
     def usage(self) -> Usage:
         return self.spent
@@ -89,3 +90,26 @@ def test_the_parts_add_up_times_the_gpus(bench: Bench) -> None:
     assert record["usd"] == pytest.approx(21 * 2 * 0.00155)
     assert record["overhead_causes"] == {"empty": 1.0, "lost": 0.5}
     assert (record["steps"], record["lost_steps"], record["estimated"]) == (40, 2, False)
+
+
+def test_joules_are_counted_from_ready_and_absent_without_counters(bench: Bench) -> None:
+    bench.spent = Usage(joules=50.0, request_joules=5.0)
+    bench.life.ready()
+    bench.after(10.0, steps=2, joules=350.0, request_joules=105.0)
+    assert (bench.written[-1]["joules"], bench.written[-1]["request_joules"]) == (300.0, 100.0)
+    bench.after(10.0, steps=3)
+    assert (bench.written[-1]["joules"], bench.written[-1]["request_joules"]) == (None, None)
+
+
+def test_what_no_disk_and_no_bucket_took_is_counted(bench: Bench, tmp_path: Path) -> None:
+    bench.life.ready()
+    bench.sink.tally.unsent, bench.sink.tally.failed_uploads = 7, 2
+    (tmp_path / LEDGER).unlink()
+    (tmp_path / LEDGER).mkdir()
+    bench.after(10.0, steps=2)
+    bench.life.end()
+    said = [{name: record[name] for name in COUNTS} for record in bench.written]
+    assert said == [dict(zip(COUNTS, counts, strict=True)) for counts in ((0, 7, 2), (1, 7, 2))]
+
+
+COUNTS = ("unwritten_records", "unsent_records", "failed_uploads")

@@ -41,6 +41,8 @@ REQUEST: dict[str, Any] = WORKER | {
     "gpu_seconds": 0.25,
     "prefill_gpu_seconds": 0.05,
     "decode_gpu_seconds": 0.2,
+    "mean_batch": 3.5,
+    "joules": 61.5,
     "usd": 0.0002,
     "price_per_second": 0.0008,
     "estimated": False,
@@ -69,7 +71,7 @@ def test_a_record_is_one_line_of_json_in_both_places(tmp_path: Path) -> None:
 
 def test_a_request_record_says_everything_it_was_given() -> None:
     record = Request(**REQUEST).model_dump(mode="json")
-    said_by_itself = {"record": "request", "schema_version": 1, "error": None} | {
+    said_by_itself = {"record": "request", "schema_version": 1, "error": None, "boot": "warm"} | {
         name: record[name] for name in ("time", "monotonic")
     }
     assert record == REQUEST | said_by_itself
@@ -133,7 +135,7 @@ class TestUnwritable:
         sink = Sink(folder, echo)
         for _ in range(3):
             sink.write(Request(**REQUEST))
-        assert sink.unwritten == 3
+        assert sink.tally.unwritten == 3
         assert len(echo) == 3
         assert capsys.readouterr().err == (
             f"coldsnap: COLDSNAP_LEDGER_DIR: {folder / LEDGER} cannot be written ({reason}); "
@@ -146,7 +148,7 @@ class TestUnwritable:
         sink.write(Request(**REQUEST))
         (tmp_path / LEDGER).rmdir()
         sink.write(Request(**REQUEST | {"job_id": "later"}))
-        assert sink.unwritten == 1
+        assert sink.tally.unwritten == 1
         assert [record["job_id"] for record in ledger(tmp_path)] == ["later"]
 
 

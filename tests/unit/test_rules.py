@@ -20,6 +20,8 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
+DESK = {name for name in OURS if name.startswith(("report/", "platform/"))}
+"""Tools of the desk: a database, plots, a server may take time to import, and the worker never waits for them."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
 
@@ -45,7 +47,8 @@ def test_the_modules_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "module"), [("vllm", "vllm_engine"), ("torch", "vllm_engine"), ("runpod", "worker"), ("boto3", "s3")]
+    ("package", "module"),
+    [("vllm", "vllm_engine"), ("torch", "vllm_engine"), ("runpod", "worker"), ("boto3", "s3"), ("pynvml", "energy")],
 )
 def test_a_foreign_package_has_one_border(package: str, module: str | None) -> None:
     assert importers(package) == ([module] if module else [])
@@ -57,11 +60,22 @@ def test_a_border_that_moves_into_another_module_is_noticed() -> None:
 
 
 def test_no_module_is_slow_to_import() -> None:
-    after_vllm = {"accounts", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
-    desk = {name for name in OURS if name.startswith("platform/")}  # commands, which no worker imports
-    ours = OURS.keys() - after_vllm - desk
+    after_vllm = {"accounts", "energy", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
+    ours = OURS.keys() - after_vllm - DESK
     names = [f"coldsnap.{name.replace('/', '.')}" for name in ours if not name.endswith("__init__")]
-    slow = ("vllm", "torch", "transformers", "runpod", "fastapi", "rich", "numpy", "uvloop", "boto3")
+    slow = (
+        "vllm",
+        "torch",
+        "transformers",
+        "runpod",
+        "fastapi",
+        "rich",
+        "numpy",
+        "uvloop",
+        "boto3",
+        "prometheus_client",
+        "pynvml",
+    )
     code = (
         f"import sys, importlib; [importlib.import_module(name) for name in {names}];"
         f"print([name for name in {slow} if name in sys.modules])"
@@ -69,6 +83,35 @@ def test_no_module_is_slow_to_import() -> None:
     environ = {"PYTHONPATH": str(ROOT / "src")}
     output = subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
     assert output.stdout.strip() == "[]"
+
+
+def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
+    def reaches(name: str) -> set[str]:
+        """Return what a module may import, at its top or when it is run, on to the end."""
+        found, rest = set[str](), {name}
+        while rest:
+            module = rest.pop()
+            found.add(module)
+            rest |= ours_of(MODULES[module]) - found
+        return found
+
+    assert {"worker", "boot", "vllm_engine", "records"} < reaches("worker")
+    assert {name for name in reaches("worker") if name.startswith(("report", "platform"))} == set()
+    assert {"report/command", "report/plots", "records"} < reaches("report/command")
+
+
+def ours_of(tree: ast.AST) -> set[str]:
+    """Return the modules of ours that a module names in its imports."""
+    names = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coldsnap"):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("coldsnap")}
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("coldsnap."):
+            names.add(str(node.value).partition(":")[0])
+    found = {name.removeprefix("coldsnap.").replace(".", "/") for name in names}
+    return {name for each in found for name in (each, f"{each}/__init__") if name in MODULES}
 
 
 def test_only_the_process_entry_touches_the_environment() -> None:
@@ -88,16 +131,6 @@ def test_only_the_process_entry_touches_the_environment() -> None:
     # worker hands os.environ to Settings.read and to the boot, platform/serve to the workers that it starts;
     # step_meter runs in a process that vLLM starts
     assert found == {"worker", "step_meter", "platform/serve"}
-
-
-def test_no_worker_imports_what_is_done_at_a_desk() -> None:
-    users = {
-        name
-        for name, tree in OURS.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coldsnap.platform")
-    }
-    assert {name for name in users if not name.startswith("platform/")} == set()
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

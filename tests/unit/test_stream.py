@@ -1,4 +1,4 @@
-"""Pacing, in simulated time: what leaves when, and what happens to a source whose reader is slow or gone."""
+"""A stream handed on, in simulated time: what leaves when, and a source whose reader is slow or gone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import AsyncGenerator, Iterable
 
 import pytest
 
-from coldsnap.stream import Paced
+from coldsnap.stream import Relay
 
-INTERVAL = 0.02
 Step = str | float | Exception
 """What a source does: give a piece, take seconds, raise an error."""
 
@@ -49,12 +48,12 @@ def join(pieces: list[str]) -> Iterable[str]:
         yield "".join(pieces)
 
 
-def paced(source: Source, interval: float = INTERVAL) -> Paced[str, str]:
-    return Paced(source.pieces(), join, lambda: interval)
+def relayed(source: Source) -> Relay[str, str]:
+    return Relay(source.pieces(), join)
 
 
 async def read(
-    stream: Paced[str, str], chunks: list[tuple[float, str]] | None = None, *, post: float = 0.0
+    stream: Relay[str, str], chunks: list[tuple[float, str]] | None = None, *, post: float = 0.0
 ) -> list[tuple[float, str]]:
     """Return the chunks with the time at which each arrived; `post` is the time that each takes."""
     chunks = [] if chunks is None else chunks
@@ -64,93 +63,58 @@ async def read(
     return chunks
 
 
-async def test_the_first_piece_leaves_at_once_and_the_rest_together() -> None:
-    stream = paced(Source("a", 0.005, "b", 0.005, "c", 0.005, "d", 1.0))
-    assert await read(stream) == [(0.0, "a"), (0.02, "bcd")]
+async def test_every_piece_leaves_at_once_while_its_reader_keeps_up() -> None:
+    stream = relayed(Source("a", 0.005, "b", 0.5, "c", 1.0))
+    assert await read(stream) == [(0.0, "a"), (0.005, "b"), (0.505, "c")]
 
 
-async def test_a_first_piece_that_comes_late_leaves_when_it_comes() -> None:
-    assert await read(paced(Source(3.0, "a", 1.0))) == [(3.0, "a")]
-
-
-async def test_chunks_of_a_steady_source_are_an_interval_apart() -> None:
-    steps: list[Step] = []
-    for letter in "abcdefghij":
-        steps += [letter, 0.0071]
-    chunks = await read(paced(Source(*steps, 1.0)))
-    times = [time for time, _ in chunks]
-    assert times == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08])
-    assert "".join(text for _, text in chunks) == "abcdefghij"
-
-
-async def test_a_piece_after_a_pause_does_not_wait() -> None:
-    assert await read(paced(Source("a", 0.5, "b", 1.0))) == [(0.0, "a"), (0.5, "b")]
-
-
-async def test_the_last_chunk_is_not_delayed() -> None:
-    assert await read(paced(Source("a", 0.005, "b"))) == [(0.0, "a"), (0.005, "b")]
-
-
-async def test_an_interval_of_zero_passes_every_piece_on() -> None:
-    stream = paced(Source("a", 0.001, "b", 0.001, "c"), interval=0.0)
-    assert await read(stream) == [(0.0, "a"), (0.001, "b"), (0.002, "c")]
-
-
-async def test_the_interval_is_asked_for_anew_after_every_chunk() -> None:
-    intervals = iter([0.1, 0.3, 9.0, 9.0])
-    steps: list[Step] = ["a", *([0.01, "b"] * 60)]
-    stream = Paced(Source(*steps).pieces(), join, lambda: next(intervals))
-    assert [time for time, _ in await read(stream)] == pytest.approx([0.0, 0.1, 0.4, 0.6])
+async def test_what_accumulates_during_a_post_leaves_together() -> None:
+    stream = relayed(Source("a", 0.005, "b", 0.005, "c", 0.5, "d", 1.0))
+    assert await read(stream, post=0.1) == [(0.0, "a"), (0.1, "bc"), (0.51, "d")]
 
 
 async def test_an_empty_source_yields_nothing() -> None:
-    assert await read(paced(Source())) == []
+    assert await read(relayed(Source())) == []
 
 
 async def test_pieces_that_make_no_chunk_neither_yield_nor_end_the_stream() -> None:
-    stream = Paced(Source("", 0.1, "", 0.1, "a").pieces(), lambda pieces: filter(None, pieces), lambda: INTERVAL)
+    stream = Relay(Source("", 0.1, "", 0.1, "a").pieces(), lambda pieces: filter(None, pieces))
     assert await read(stream) == [(0.2, "a")]
 
 
 async def test_one_join_may_make_several_chunks() -> None:
-    stream = Paced(Source("a", "b", "c").pieces(), lambda pieces: pieces, lambda: INTERVAL)
+    stream = Relay(Source("a", "b", "c").pieces(), lambda pieces: pieces)
     assert await read(stream) == [(0.0, "a"), (0.0, "b"), (0.0, "c")]
 
 
 async def test_a_slow_consumer_gets_one_chunk_at_a_time_and_does_not_hold_the_source_up() -> None:
     source = Source(*[0.01, "x"] * 100)
-    chunks = await read(paced(source), post=0.254)
+    chunks = await read(relayed(source), post=0.254)
     assert source.given[-1][0] == pytest.approx(1.0)
-    assert [len(text) for _, text in chunks] == [1, 27, 27, 28, 17]
-    assert [time for time, _ in chunks] == pytest.approx([0.01, 0.284, 0.558, 0.832, 1.086])
-
-
-async def test_the_interval_is_counted_from_the_end_of_a_post() -> None:
-    chunks = await read(paced(Source(*["x", 0.001] * 100)), post=0.05)
-    starts = [time for time, _ in chunks]
-    assert starts == pytest.approx([0.0, 0.07, 0.12])  # the last one does not wait
+    assert [len(text) for _, text in chunks] == [1, 25, 25, 26, 23]
+    assert [time for time, _ in chunks] == pytest.approx([0.01, 0.264, 0.518, 0.772, 1.026])
 
 
 async def test_an_error_comes_after_the_pieces_before_it() -> None:
     chunks: list[tuple[float, str]] = []
     with pytest.raises(RuntimeError, match="broken"):
-        await read(paced(Source("a", 0.005, "b", RuntimeError("broken"))), chunks)
+        await read(relayed(Source("a", 0.005, "b", RuntimeError("broken"))), chunks)
     assert chunks == [(0.0, "a"), (0.005, "b")]
 
 
 async def test_an_error_before_any_piece_is_raised() -> None:
     with pytest.raises(ValueError, match="at once"):
-        await read(paced(Source(ValueError("at once"))))
+        await read(relayed(Source(ValueError("at once"))))
 
 
-async def stop_after(stream: Paced[str, str], seconds: float, reason: Exception | None = None) -> None:
+async def stop_after(stream: Relay[str, str], seconds: float, reason: Exception | None = None) -> None:
     await asyncio.sleep(seconds)
     stream.stop(reason)
 
 
 async def test_a_stop_without_a_reason_ends_the_chunks_quietly() -> None:
     source = Source("a", 10.0, "b")
-    stream = paced(source)
+    stream = relayed(source)
     chunks, _ = await asyncio.gather(read(stream), stop_after(stream, 1.0))
     assert chunks == [(0.0, "a")]
     assert source.cleaned_up == 1.0
@@ -158,7 +122,7 @@ async def test_a_stop_without_a_reason_ends_the_chunks_quietly() -> None:
 
 async def test_a_stop_with_a_reason_raises_it_after_what_was_left() -> None:
     source = Source("a", 0.005, "b", 10.0, "c")
-    stream = paced(source)
+    stream = relayed(source)
     stopping = asyncio.create_task(stop_after(stream, 0.01, RuntimeError("drained")))
     chunks: list[tuple[float, str]] = []
     with pytest.raises(RuntimeError, match="drained"):
@@ -169,7 +133,7 @@ async def test_a_stop_with_a_reason_raises_it_after_what_was_left() -> None:
 
 
 async def test_the_first_reason_counts() -> None:
-    stream = paced(Source("a", 10.0))
+    stream = relayed(Source("a", 10.0))
     await asyncio.sleep(0)
     for reason in (None, RuntimeError("first"), RuntimeError("second")):
         stream.stop(reason)
@@ -183,7 +147,7 @@ async def test_a_source_that_survives_its_cancel_does_not_lose_the_reason() -> N
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(10)
 
-    stream = Paced(stubborn(), join, lambda: INTERVAL)
+    stream = Relay(stubborn(), join)
     stopping = asyncio.create_task(stop_after(stream, 1.0, RuntimeError("drained")))
     with pytest.raises(RuntimeError, match="drained"):
         await read(stream)
@@ -198,7 +162,7 @@ async def test_a_reason_comes_before_an_error_of_the_clean_up() -> None:
         finally:
             raise OSError("cannot clean up")
 
-    stream = Paced(dirty(), join, lambda: INTERVAL)
+    stream = Relay(dirty(), join)
     stopping = asyncio.create_task(stop_after(stream, 1.0, RuntimeError("drained")))
     with pytest.raises(RuntimeError, match="drained"):
         await read(stream)
@@ -206,7 +170,7 @@ async def test_a_reason_comes_before_an_error_of_the_clean_up() -> None:
 
 
 async def test_an_error_that_nobody_reads_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    stream = paced(Source("a", 0.1, RuntimeError("broken")))
+    stream = relayed(Source("a", 0.1, RuntimeError("broken")))
     consumer = asyncio.create_task(read(stream, post=3600.0))
     await asyncio.sleep(1.0)
     consumer.cancel()
@@ -217,7 +181,7 @@ async def test_an_error_that_nobody_reads_is_not_logged(caplog: pytest.LogCaptur
 
 
 async def test_a_stop_after_the_end_changes_nothing() -> None:
-    stream = paced(Source("a"))
+    stream = relayed(Source("a"))
     assert await read(stream) == [(0.0, "a")]
     stream.stop(RuntimeError("too late"))
     assert await read(stream) == []
@@ -225,7 +189,7 @@ async def test_a_stop_after_the_end_changes_nothing() -> None:
 
 async def test_a_source_stopped_before_it_began_never_begins() -> None:
     source = Source("a")
-    stream = paced(source)
+    stream = relayed(source)
     stream.stop()
     assert await read(stream) == []
     assert source.given == []
@@ -233,7 +197,7 @@ async def test_a_source_stopped_before_it_began_never_begins() -> None:
 
 async def test_the_source_is_cleaned_up_though_its_consumer_never_comes_back() -> None:
     source = Source(*["x", 0.1] * 100, clean_up=0.3)
-    stream = paced(source)
+    stream = relayed(source)
     consumer = asyncio.create_task(read(stream, post=3600.0))
     await asyncio.sleep(1.05)
     stream.stop()
@@ -245,7 +209,7 @@ async def test_the_source_is_cleaned_up_though_its_consumer_never_comes_back() -
 
 async def test_a_second_stop_does_not_interrupt_the_clean_up() -> None:
     source = Source("a", 10.0, clean_up=1.0)
-    stream = paced(source)
+    stream = relayed(source)
     await asyncio.sleep(0.1)
     stream.stop()
     await asyncio.sleep(0.1)
@@ -262,6 +226,6 @@ async def test_the_source_runs_in_one_task_so_that_its_context_variables_hold() 
             tasks.append(asyncio.current_task())
             yield "a"
 
-    await read(Paced(source(), join, lambda: INTERVAL))
+    await read(Relay(source(), join))
     assert len(set(tasks)) == 1
     assert tasks[0] is not asyncio.current_task()

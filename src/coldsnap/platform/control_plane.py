@@ -16,15 +16,15 @@ import asyncio
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 import orjson
-from aiohttp import web
 
 from coldsnap.platform.job import MEGABYTE, RUN, RUNSYNC, Bell, Job, JobState, Terms, encode
+from coldsnap.platform.worker_http import Request, Response, Server
 
 CHUNK_LIMIT: Final = MEGABYTE
 ATTEMPTS: Final = 2
@@ -120,7 +120,8 @@ class ControlPlane:
         """Jobs that reached each end, by its name, and those that were `retried`."""
         self.endpoint_id = endpoint_id
         self.url = ""
-        self._faults = faults
+        self.faults = faults
+        """May be changed at any time."""
         self._journal = journal
         self._poll_seconds = poll_seconds
         self._idle_status = 400 if flashboot else 204
@@ -132,18 +133,15 @@ class ControlPlane:
         self._lost: set[str] = set()
 
     async def __aenter__(self) -> Self:
-        server = web.Server(self._serve, handler_cancellation=True, access_log=None)
-        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._server = await Server(self._serve).__aenter__()
+        self.url = f"http://127.0.0.1:{self._server.port}"
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release_polls()
-        await self._runner.cleanup()
+        await self._server.__aexit__(kind, error, trace)
 
     # What a test or a benchmark does.
 
@@ -305,36 +303,36 @@ class ControlPlane:
 
     # What a worker does.
 
-    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+    def _serve(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
         called = request.path.split("/")[3:]
         if called[1:2] and called[1] in self._lost:
-            return web.Response(status=_GONE)
+            return Response(status=_GONE)
         match request.method, called:
             case "POST", ["job-stream", worker_id, job_id]:
-                return await self._post(request, "stream", worker_id, job_id)
+                return self._post(request, "stream", worker_id, job_id)
             case "POST", ["job-done", worker_id, job_id]:
-                return await self._post(request, "done", worker_id, job_id)
+                return self._post(request, "done", worker_id, job_id)
             case "GET", ["job-take", worker_id]:
-                return await self._take(self._see(worker_id), None)
+                return self._take(self._see(worker_id), None)
             case "GET", ["job-take-batch", worker_id]:
-                return await self._take(self._see(worker_id), int(request.query["batch_size"]))
+                return self._take(self._see(worker_id), int(request.query["batch_size"]))
             case "GET", ["job-stop", worker_id]:
-                return await self._stop(self._see(worker_id))
+                return self._stop(self._see(worker_id))
             case "GET", ["ping", worker_id]:
                 return self._ping(self._see(worker_id), request)
-        return web.Response(status=404)
+        return Response(status=404)
 
     def _see(self, worker_id: str) -> Worker:
         worker = self.workers.setdefault(worker_id, Worker(worker_id))
         worker.last_seen = time.monotonic()
         return worker
 
-    async def _take(self, worker: Worker, batch_size: int | None) -> web.Response:
+    async def _take(self, worker: Worker, batch_size: int | None) -> Response:
         if worker.first_poll is None:
             worker.first_poll = worker.idle_since = time.monotonic()
             self._arrived.ring()
         if not await self._held(self._queued, self._queue, worker) or worker.retired:
-            return web.Response(status=self._idle_status)
+            return Response(status=self._idle_status)
         taken = [self._queue.popleft() for _ in range(min(batch_size or 1, len(self._queue)))]
         worker.taken += len(taken)
         worker.idle_since = None
@@ -344,14 +342,14 @@ class ControlPlane:
             self.note(job)
         body = b",".join(job.payload for job in taken)
         body = body if batch_size is None else b"[%b]" % body
-        return web.Response(body=body, content_type="application/json")
+        return Response(body=body)
 
-    async def _stop(self, worker: Worker) -> web.Response:
+    async def _stop(self, worker: Worker) -> Response:
         if not await self._held(worker._stopped, worker._stops, worker):
-            return web.Response(status=204)
+            return Response(status=204)
         body = orjson.dumps({"jobsToStop": worker._stops})
         worker._stops.clear()
-        return web.Response(body=body, content_type="application/json")
+        return Response(body=body)
 
     async def _held(self, bell: Bell, pending: Collection[object], worker: Worker) -> bool:
         """Hold a poll until something is pending. A worker that goes away cancels this and takes nothing."""
@@ -367,29 +365,32 @@ class ControlPlane:
             await bell.wait(left)
         return bool(pending)
 
-    def _ping(self, worker: Worker, request: web.BaseRequest) -> web.Response:
+    def _ping(self, worker: Worker, request: Request) -> Response:
         worker.pings += 1
         worker.pinged_jobs = tuple(filter(None, request.query.get("job_id", "").split(",")))
         if request.query.get("status") == "unhealthy":
             worker.unhealthy = f"{request.query.get('check')}: {request.query.get('reason')}"
             self._arrived.ring()
-        return web.Response()
+        return Response()
 
-    async def _post(self, request: web.BaseRequest, kind: PostKind, worker_id: str, job_id: str) -> web.Response:
-        body = await request.content.read()  # request.read() would refuse more than 1 MB
+    def _post(
+        self, request: Request, kind: PostKind, worker_id: str, job_id: str
+    ) -> Response | Coroutine[Any, Any, Response]:
         job = self.jobs.get(job_id)
         if job is None:
-            return web.Response(status=self._violated(404, "unknown job", job_id, f"{kind} from {worker_id}"))
+            return Response(self._violated(404, "unknown job", job_id, f"{kind} from {worker_id}"))
         job.posts += 1
-        self.foreign_request_ids += request.headers.get("X-Request-ID", job_id) != job_id
-        delay, status = self._faults.draw(kind, job.number, job.posts) if self._faults else (0.0, None)
+        self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
+        delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
         if delay:
-            await asyncio.sleep(delay / 2)
-        if status is None:
-            status = self._record(kind, worker_id, job, body)
-        if delay:
-            await asyncio.sleep(delay / 2)
-        return web.Response(status=status)
+            return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request.body)))
+        return Response(self._record(kind, worker_id, job, request.body) if status is None else status)
+
+    async def _delayed(self, delay: float, status: int | Callable[[], int]) -> Response:
+        await asyncio.sleep(delay / 2)
+        status = status if isinstance(status, int) else status()
+        await asyncio.sleep(delay / 2)
+        return Response(status)
 
     def _record(self, kind: PostKind, worker_id: str, job: Job, body: bytes) -> int:
         """Apply one POST to its job and return the answer's status."""

@@ -3,12 +3,16 @@
 from coldsnap.platform.control_plane import NO_INPUT, ControlPlane, Violation, Worker, WorkerUnhealthy
 from coldsnap.platform.job import Job, JobCancelled, JobFailed, JobState, Timestamps
 from coldsnap.testing.faults import Faults
+from coldsnap.testing.faulty_proxy import Exchange, Fault, FaultyProxy
 from coldsnap.testing.gateway import Gateway
 
 __all__ = [
     "NO_INPUT",
     "ControlPlane",
+    "Exchange",
+    "Fault",
     "Faults",
+    "FaultyProxy",
     "Gateway",
     "Job",
     "JobCancelled",

@@ -1,0 +1,307 @@
+"""From process start to ready, beside vLLM's own API server, page cache warm and evicted.
+
+    python bench/coldstart.py [--pairs 5] [--states warm evicted] [--steady] [--out bench/results/coldstart.json]
+
+Both boot in turn on the same snapshot, from the same environment, each in a process group of its own. Ours is
+ready when it asks the control plane for jobs; one is waiting, and the time to its first chunk is taken too. The
+server is ready when /health answers; it is then sent the same prompt. Evicting is `posix_fadvise(DONTNEED)` over
+the snapshot and the virtual environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
+
+from tokenpath import NATIVE, TOKENS, Worker  # noqa: E402
+from waterfall import waterfall  # noqa: E402
+
+from coldsnap import snapshot  # noqa: E402
+from coldsnap.settings import Settings  # noqa: E402
+from coldsnap.testing import ControlPlane  # noqa: E402
+
+LEVELS = (1, 8, 32)
+ENVIRONMENT = Path(sys.prefix)
+
+
+@dataclass
+class Boot:
+    """One boot. Seconds from the start of the process, as this program saw it."""
+
+    ready: float
+    first_chunk: float
+    cpu: float
+    """CPU-seconds of all its processes up to then."""
+    record: dict[str, Any] | None = None
+    exit: float = 0.0
+    """From SIGTERM to the end of the process."""
+    tokens_per_second: dict[int, float] | None = None
+
+
+def evict(*folders: Path) -> int:
+    """Drop every file below `folders` from the page cache; return how many bytes they are."""
+    os.sync()  # what is dirty stays
+    size = 0
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    size += path.stat().st_size
+    return size
+
+
+def base(home: Path) -> dict[str, str]:
+    """Return what both contenders find in their environment."""
+    kept = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+    return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def cpu_seconds(group: int) -> float:
+    """Return the CPU-seconds of a process group so far."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def start(command: list[str], env: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own: a session of its own would be given a share of the processors."""
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=log, process_group=0)
+
+
+def stop(process: subprocess.Popen[bytes]) -> float:
+    """Send SIGTERM, wait for the end, leave nothing of the group; return the seconds it took."""
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        print("killed: it did not end within 30 s of SIGTERM", file=sys.stderr)
+    took = time.monotonic() - begun
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return took
+
+
+async def ours(home: Path, log: Path, *, steady: bool, **more: str) -> Boot:
+    """Boot the worker with one job waiting; `more` are variables for it."""
+    async with ControlPlane(poll_seconds=30) as plane:
+        job = plane.submit(NATIVE)
+        folder = Path(tempfile.mkdtemp(prefix="ledger-", dir=home))
+        env = base(home) | plane.environment() | {"COLDSNAP_LEDGER_DIR": str(folder)} | more
+        with log.open("wb") as out:
+            begun = time.monotonic()
+            process = start([sys.executable, str(ROOT / "handler.py")], env, out)
+        try:
+            worker = await plane.wait_for_worker(600)
+            await job.result(60)
+            assert worker.first_poll is not None
+            assert job.timestamps.first_chunk is not None
+            boot = Boot(worker.first_poll - begun, job.timestamps.first_chunk - begun, cpu_seconds(process.pid))
+            if steady:
+                contender = Worker("coldsnap", plane, process.pid, NATIVE)
+                boot.tokens_per_second = {
+                    level: (await contender.run(level, max(16, 4 * level))).tokens_per_second for level in (32, *LEVELS)
+                }
+            plane.release_polls()
+        finally:
+            took = await asyncio.to_thread(stop, process)
+    lines = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
+    boot.record = next(line for line in lines if line["record"] == "cold_start")
+    boot.exit = took
+    return boot
+
+
+async def theirs(home: Path, log: Path, *, steady: bool) -> Boot:
+    """Boot vLLM's API server on the snapshot, with the arguments that were baked into it."""
+    folder = Settings.read({}).snapshot()
+    assert folder is not None
+    arguments = []
+    for name, value in snapshot.load_manifest(folder).engine_args.items():
+        flag = "--" + name.replace("_", "-")
+        arguments += [flag] if value is True else [f"{flag}={value}"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += arguments
+    with log.open("wb") as out:
+        begun = time.monotonic()
+        command += ["--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log"]
+        process = start(command, base(home), out)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await healthy(session, url, process)
+            ready = time.monotonic() - begun
+            await stream(session, url, str(folder))
+            boot = Boot(ready, time.monotonic() - begun, cpu_seconds(process.pid))
+            if steady:
+                boot.tokens_per_second = {
+                    level: await rate(session, url, str(folder), level) for level in (32, *LEVELS)
+                }
+    finally:
+        took = await asyncio.to_thread(stop, process)
+    boot.exit = took
+    return boot
+
+
+async def healthy(session: aiohttp.ClientSession, url: str, process: subprocess.Popen[bytes]) -> None:
+    """Return when /health answers 200."""
+    while process.poll() is None:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with session.get(f"{url}/health") as answer:
+                if answer.status == 200:
+                    return
+        await asyncio.sleep(0.02)
+    raise RuntimeError("vLLM's server has ended")
+
+
+async def stream(session: aiohttp.ClientSession, url: str, model: str) -> float:
+    """Stream one completion; return the seconds to its first chunk."""
+    begun, first = time.monotonic(), 0.0
+    body = {"model": model, "prompt": NATIVE["prompt"], "stream": True} | NATIVE["sampling_params"]  # type: ignore[operator]
+    async with session.post(f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for _ in answer.content:
+            first = first or time.monotonic() - begun
+    return first
+
+
+async def rate(session: aiohttp.ClientSession, url: str, model: str, level: int) -> float:
+    """Return the tokens per second of `level` streams side by side."""
+    room, jobs = asyncio.Semaphore(level), max(16, 4 * level)
+
+    async def one() -> None:
+        async with room:
+            await stream(session, url, model)
+
+    begun = time.monotonic()
+    await asyncio.gather(*(one() for _ in range(jobs)))
+    return jobs * TOKENS / (time.monotonic() - begun)
+
+
+def import_profile(home: Path) -> list[tuple[str, float, int]]:
+    """Return (package, seconds of its own code, modules) of a boot up to the engine's fork, largest first."""
+    job = {"input": {"prompt": "hi", "sampling_params": {"max_tokens": 1}}}
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "handler.py"), "--test_input", json.dumps(job)],
+        env=base(home) | {"COLDSNAP_LEDGER_DIR": str(home)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    seconds: Counter[str] = Counter()
+    modules: Counter[str] = Counter()
+    for line in result.stderr.splitlines():
+        if match := re.match(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", line):
+            seconds[match[2]] += int(match[1])
+            modules[match[2]] += 1
+    return [(name, us / 1e6, modules[name]) for name, us in seconds.most_common(15)]
+
+
+async def main() -> None:
+    """Boot the pairs and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--states", nargs="+", default=["warm", "evicted"], choices=["warm", "evicted"])
+    parser.add_argument("--steady", action="store_true", help="also take tokens/s, in the first warm pair")
+    parser.add_argument("--alone", action="store_true", help="without the baseline")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "coldstart.json")
+    args = parser.parse_args()
+    home = Path(tempfile.mkdtemp(prefix="coldstart-"))
+    folder = Settings.read({}).snapshot()
+    assert folder is not None
+    await ours(home, home / "first.log", steady=False)  # fills the home's caches, for both
+    boots: dict[str, list[Boot]] = {}
+    for state in args.states:
+        for number in range(args.pairs):
+            contenders = [("coldsnap", ours)] + ([] if args.alone else [("vllm", theirs)])
+            for name, contender in contenders if number % 2 == 0 else contenders[::-1]:
+                if state == "evicted":
+                    evict(folder, ENVIRONMENT)
+                steady = args.steady and state == "warm" and number == 0
+                boot = await contender(home, home / f"{name}.log", steady=steady)
+                boots.setdefault(f"{name}, {state}", []).append(boot)
+                print(
+                    f"{state} {number + 1}/{args.pairs} {name:9} ready {boot.ready:6.2f} s, first chunk "
+                    f"{boot.first_chunk:6.2f} s, exit {boot.exit:5.2f} s",
+                    file=sys.stderr,
+                )
+    write(args.out, boots, import_profile(home))
+
+
+def median(boots: list[Boot]) -> Boot:
+    """Return the boot whose time to ready is the median."""
+    return sorted(boots, key=lambda boot: boot.ready)[len(boots) // 2]
+
+
+def write(out: Path, boots: dict[str, list[Boot]], profile: list[tuple[str, float, int]]) -> None:
+    """Write everything as JSON, medians as Markdown, and our median boots as a waterfall."""
+    lines = [
+        "| | ready, median | all | first chunk | CPU | exit after SIGTERM | of vLLM's own server |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in boots.items():
+        who, state = name.split(", ")
+        server = boots.get(f"vllm, {state}", [])
+        ratios = [run.ready / other.ready for run, other in zip(runs, server, strict=False)]
+        ratio = f"{statistics.median(ratios):.3f}" if ratios and who == "coldsnap" else ""
+        every = ", ".join(f"{run.ready:.2f}" for run in runs)
+        first, cpu, exits = (statistics.median(getattr(run, field) for run in runs) for field in FIELDS)
+        ready = statistics.median(run.ready for run in runs)
+        lines.append(f"| {name} | {ready:.2f} s | {every} | {first:.2f} s | {cpu:.1f} s | {exits:.2f} s | {ratio} |")
+    lines += ["", "Phases of our boot (median of each, seconds):", ""]
+    states = [name for name in boots if name.startswith("coldsnap")]
+    rows: dict[str, list[str]] = {}
+    for name in states:
+        records = [run.record for run in boots[name] if run.record]
+        for phase in records[0]["phases"]:
+            rows.setdefault(phase, []).append(f"{statistics.median(r['phases'][phase] for r in records):.2f}")
+        worst = max(abs(sum(r["phases"].values()) / r["seconds"] - 1) for r in records)
+        assert worst < 0.02, f"the phases miss the total by {worst:.1%}"
+    lines += ["| | " + " | ".join(states) + " |", "|---" * (len(states) + 1) + "|"]
+    lines += [f"| {phase} | " + " | ".join(values) + " |" for phase, values in rows.items()]
+    rates = {name: runs[0].tokens_per_second for name, runs in boots.items() if runs[0].tokens_per_second}
+    if rates:
+        lines += ["", "Tokens per second at 1, 8 and 32 streams:", ""]
+        lines += ["| | 1 | 8 | 32 |", "|---|---|---|---|"]
+        lines += [f"| {name} | " + " | ".join(f"{rate[n]:.0f}" for n in LEVELS) + " |" for name, rate in rates.items()]
+    lines += ["", "Imports of a boot, seconds of a package's own code under `-X importtime` (which slows them):", ""]
+    lines += ["| package | seconds | modules |", "|---|---|---|"]
+    lines += [f"| {name} | {seconds:.3f} | {count} |" for name, seconds, count in profile]
+    about = {"processors": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()}
+    data = about | {"boots": {name: [asdict(run) for run in runs] for name, runs in boots.items()}, "imports": profile}
+    out.write_text(json.dumps(data, indent=1) + "\n")
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.with_suffix(".svg").write_text(waterfall({name: median(boots[name]).record or {} for name in states}))
+    print("\n".join(lines))
+
+
+FIELDS = ("first_chunk", "cpu", "exit")
+
+if __name__ == "__main__":
+    asyncio.run(main())

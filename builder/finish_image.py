@@ -1,0 +1,58 @@
+"""The last step of an image's build: hold its labels to what is in it, and make what the first boot would make.
+
+    finish_image.py snapshots/demo --digest 1b8f… --vllm 0.32.0 --coldsnap 0.1.0
+
+An empty digest is not compared. vLLM looks at a model's class in a process of its own, which takes eight
+seconds, and keeps what it found in a file: made here, every cold start finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from pathlib import Path
+
+import orjson
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from coldsnap import snapshot, vllm_engine  # noqa: E402 (src is put on the path above)
+from coldsnap.errors import BootError  # noqa: E402
+
+
+def differing(labels: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Return a sentence for each label that is given and not true."""
+    return [
+        f"{name}: the build says {value}, the image holds {found[name]}"
+        for name, value in labels.items()
+        if value and value != found[name]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("snapshot", type=Path, help="the snapshot's folder")
+    for label in ("digest", "vllm", "coldsnap"):
+        parser.add_argument(f"--{label}", default="")
+    args = parser.parse_args()
+    try:
+        manifest = snapshot.load_manifest(args.snapshot)
+        snapshot.verify(args.snapshot, manifest)
+    except BootError as error:
+        sys.exit(f"coldsnap: {error.message}")
+    found = {
+        "digest": manifest.digest,
+        "vllm": vllm_engine.version().partition("+")[0],
+        "coldsnap": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
+    }
+    if wrong := differing({name: getattr(args, name) for name in found}, found):
+        sys.exit(f"coldsnap: {wrong[0]}")
+    architectures = orjson.loads((args.snapshot / "config.json").read_bytes()).get("architectures") or []
+    known = vllm_engine.inspect_models(architectures)
+    print(f"coldsnap: {args.snapshot.name} {manifest.digest}, vLLM {found['vllm']}, inspected: {known}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Whether this machine can run the engine, asked before it is started and without CUDA in this process.
+
+The SDK's own checks create a CUDA context here, after which the engine could not be forked; NVML needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import shutil
+from pathlib import Path
+from typing import Any
+
+from coldsnap.errors import Unfit
+
+_LEAST_DISK = 100 << 20
+"""Bytes free for temporary files; a ledger that cannot be written ends no worker."""
+_LEAST_MEMORY = 1 << 30
+"""Bytes of host memory for Python, vLLM and its processes; on a CPU the weights come on top."""
+_GIGA = 1e9
+_RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
+
+
+def check(
+    *, weights: int, gpu: bool, scratch: Path, any_driver: bool = False, nvml: Any = None, proc: Path = Path("/proc")
+) -> None:
+    """Raise `Unfit`, which names the check and what would help, if the engine could not run here.
+
+    `weights` is the snapshot's size in bytes, `gpu` whether this vLLM needs one, `any_driver` whether the image has
+    CUDA's forward compatibility; `nvml` stands in for pynvml.
+    """
+    _disk(scratch)
+    _memory(proc, _LEAST_MEMORY + (0 if gpu else weights))
+    if gpu:
+        _gpus(nvml or importlib.import_module("pynvml"), weights, None if any_driver else _runtime())
+
+
+def _disk(scratch: Path) -> None:
+    folder = next(path for path in (scratch, *scratch.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_DISK:
+        raise Unfit(
+            "disk",
+            f"{folder} has {free / _GIGA:.2f} GB free, temporary files need {_LEAST_DISK / _GIGA:.2f}: "
+            "give the endpoint a larger container disk, or set TMPDIR to a volume",
+        )
+
+
+def _memory(proc: Path, needed: int) -> None:
+    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    if free < needed:
+        raise Unfit(
+            "memory",
+            f"{free / _GIGA:.2f} GB of host memory are available, the engine needs {needed / _GIGA:.2f}: "
+            "choose a larger worker, or end what else runs on this machine",
+        )
+
+
+def _gpus(nvml: Any, weights: int, runtime: tuple[int, int] | None) -> None:
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise Unfit(
+            "gpu", f"the NVIDIA driver does not answer ({error}): start the container with a GPU (--gpus all)"
+        ) from error
+    try:
+        count = nvml.nvmlDeviceGetCount()
+        if count == 0:
+            raise Unfit("gpu", "the driver lists no GPU: start the container with one (--gpus all)")
+        driver, supported = nvml.nvmlSystemGetDriverVersion(), nvml.nvmlSystemGetCudaDriverVersion_v2()
+        if runtime is not None and supported // 1000 < runtime[0]:
+            raise Unfit(
+                "cuda",
+                f"driver {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, this environment needs "
+                f"{runtime[0]}.0 or newer: allow only CUDA {runtime[0]}.0 and newer in the endpoint's settings",
+            )
+        free = [nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free for index in range(count)]
+    except nvml.NVMLError as error:
+        raise Unfit("gpu", f"the NVIDIA driver fails ({error}): replace the worker") from error
+    finally:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+    if sum(free) < weights:
+        raise Unfit(
+            "gpu_memory",
+            f"{count} GPU(s) have {sum(free) / _GIGA:.2f} GB free together, the weights alone are "
+            f"{weights / _GIGA:.2f}: choose a larger GPU, or end what else runs on it",
+        )
+
+
+def _runtime() -> tuple[int, int] | None:
+    """Return the version of the CUDA that the environment brings, without an import of torch."""
+    for name in _RUNTIMES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            major, minor = importlib.metadata.version(name).split(".")[:2]
+            return int(major), int(minor)
+    return None

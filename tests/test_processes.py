@@ -1,0 +1,94 @@
+"""What a killed process leaves behind, and how the worker ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from multiprocessing import shared_memory
+from pathlib import Path
+
+from coldsnap import processes
+from coldsnap.settings import ROOT
+
+CHILD = """
+import socket, sys, time
+from multiprocessing import resource_tracker, shared_memory
+resource_tracker.register = lambda *_: None  # vLLM's is killed with it
+memory = shared_memory.SharedMemory(create=True, size=64)
+bound = socket.socket(socket.AF_UNIX)
+bound.bind(sys.argv[1])
+print(memory.name, flush=True)
+time.sleep(60)
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    environ = {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+
+
+def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    other = tmp_path / "ours"
+    with socket.socket(socket.AF_UNIX) as ours, subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True
+    ) as child:  # fmt: skip
+        ours.bind(str(other))
+        assert child.stdout is not None
+        memory = Path("/dev/shm") / child.stdout.readline().strip()
+        assert memory.is_file()
+        assert path.is_socket()
+        with processes.without_leaks():
+            child.kill()
+            child.wait()
+            assert path.is_socket()
+        assert not memory.exists()
+        assert not path.exists()
+        assert other.is_socket()
+
+
+def test_what_a_child_has_tidied_up_itself_is_no_error(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "socket")], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        memory = shared_memory.SharedMemory(child.stdout.readline().strip())
+        with processes.without_leaks():
+            memory.unlink()
+            (tmp_path / "socket").unlink()
+            child.kill()
+        memory.close()
+
+
+def test_children_of_children_are_found() -> None:
+    code = "import subprocess; subprocess.run(['sh', '-c', 'sleep 60; true'])"
+    with subprocess.Popen([sys.executable, "-c", code]) as child:
+        found: list[int] = []
+        while len(found) < 2:
+            found = list(processes.children(child.pid))
+        parents = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in found]
+        for pid in (child.pid, *found):
+            os.kill(pid, 9)
+    assert parents == [child.pid, found[0]]
+
+
+def test_a_process_that_leaves_has_written_all_and_gives_its_code() -> None:
+    code = (
+        "import atexit, sys; from coldsnap.processes import leave;"
+        "atexit.register(print, 'torn down'); print('out'); print('err', file=sys.stderr); leave(3)"
+    )
+    ended = run(code)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "out\n", "err\n")
+
+
+def test_a_process_that_leaves_takes_its_own_with_it() -> None:
+    code = (
+        "import multiprocessing, time; from coldsnap.processes import leave;"
+        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,));"
+        "child.start(); print(child.pid); leave(0)"
+    )
+    pid = int(run(code).stdout)
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"

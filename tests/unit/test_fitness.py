@@ -1,0 +1,98 @@
+"""The checks before the engine: each names itself and what would help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coldsnap import fitness
+from coldsnap.errors import BootError, Unfit
+from coldsnap.settings import ROOT
+from coldsnap.testing.fake_nvml import FakeNvml
+
+WEIGHTS = 8 << 30
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    (tmp_path / "meminfo").write_text("MemTotal:       99999999 kB\nMemAvailable:   16777216 kB\n")
+    return tmp_path
+
+
+def complaint(proc: Path, nvml: FakeNvml | None = None, weights: int = WEIGHTS) -> Unfit:
+    with pytest.raises(Unfit) as caught:
+        fitness.check(weights=weights, gpu=nvml is not None, scratch=proc / "ledger", nvml=nvml, proc=proc)
+    assert isinstance(caught.value, BootError)
+    assert nvml is None or nvml.open == 0
+    return caught.value
+
+
+def test_a_machine_that_has_everything_passes(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "_runtime", lambda: (13, 0))
+    nvml = FakeNvml()
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc / "not" / "there", nvml=nvml, proc=proc)
+    fitness.check(weights=WEIGHTS, gpu=False, scratch=proc, proc=proc)
+    assert nvml.open == 0
+
+
+@pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetCount"])
+def test_a_driver_that_does_not_answer(proc: Path, broken: str) -> None:
+    error = complaint(proc, FakeNvml(broken=broken))
+    assert error.check == "gpu"
+    assert "Driver Not Loaded" in error.message
+
+
+def test_no_gpu(proc: Path) -> None:
+    assert "--gpus all" in complaint(proc, FakeNvml(free=[])).message
+
+
+def test_a_driver_older_than_the_environments_cuda_names_the_fix(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "_runtime", lambda: (13, 0))
+    error = complaint(proc, FakeNvml(cuda=12020))
+    assert error.check == "cuda"
+    assert error.message == (
+        "cuda: driver 535.104.05 supports CUDA 12.2, this environment needs 13.0 or newer: allow only CUDA 13.0 and "
+        "newer in the endpoint's settings"
+    )
+
+
+def test_forward_compatibility_runs_on_any_driver(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "_runtime", lambda: (13, 0))
+    fitness.check(weights=1, gpu=True, scratch=proc, any_driver=True, nvml=FakeNvml(cuda=12020), proc=proc)
+
+
+def test_a_newer_minor_version_of_the_same_cuda_runs(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "_runtime", lambda: (12, 9))
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=FakeNvml(cuda=12020), proc=proc)
+
+
+def test_a_gpu_that_is_taken(proc: Path) -> None:
+    error = complaint(proc, FakeNvml(free=[3 << 30, 4 << 30]))
+    assert error.check == "gpu_memory"
+    assert "7.52 GB free together, the weights alone are 8.59" in error.message
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=FakeNvml(free=[5 << 30, 5 << 30]), proc=proc)
+
+
+def test_too_little_memory(proc: Path) -> None:
+    assert complaint(proc, weights=16 << 30).check == "memory"  # on a CPU the weights are in it
+    fitness.check(weights=16 << 30, gpu=True, scratch=proc, nvml=FakeNvml(), proc=proc)
+
+
+def test_a_full_disk(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitness, "_LEAST_DISK", 1 << 62)
+    error = complaint(proc)
+    assert error.check == "disk"
+    assert "TMPDIR" in error.message
+
+
+def test_it_imports_no_torch() -> None:
+    code = (
+        "import sys, pathlib; from coldsnap import fitness;"
+        "fitness.check(weights=1, gpu=False, scratch=pathlib.Path('.')); print('torch' in sys.modules)"
+    )
+    environ = {"PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
+    assert ended.stdout.strip() == "False"
