@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test check image-check format lock schema env snapshot clean
+.PHONY: help demo test families check image-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -14,7 +14,13 @@ demo: ## set up .venv and answer test_input.json on the real engine
 
 test: ## set up .venv and run the tests
 	@scripts/setup.sh test
+	@scripts/setup.sh bake
 	@$(py) -m pytest -q
+
+families: ## bake and serve tiny checkpoints of many families; write docs/families.md
+	@scripts/setup.sh demo
+	@scripts/setup.sh bake
+	@.venv-bake/bin/python builder/families.py
 
 check: ## formatting, lint, types, the README's file tree
 	@scripts/setup.sh test

@@ -10,28 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import shutil
 import sys
 import tempfile
 import time
-import tomllib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from llmcompressor.entrypoints.model_free import model_free_ptq
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[0:1] = [str(ROOT), str(ROOT / "src")]
 
-from coldsnap.snapshot import Quantization, Source, write_manifest  # noqa: E402 (src is put on the path above)
+from builder.checkpoint import Checkpoint  # noqa: E402 (the path is set above)
+from builder.quantise import quantise, readable  # noqa: E402
+from builder.schemes import left_alone  # noqa: E402
+from builder.versions import versions  # noqa: E402
+from coldsnap.snapshot import Quantization, Source, write_manifest  # noqa: E402
 
 PAD, START, END = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -47,8 +47,6 @@ ENGINE_ARGS = {
     "max_model_len": CONTEXT,
     "max_num_seqs": 256,
 }
-IGNORED = ("lm_head", "model.embed_tokens")
-"""Model-free quantisation goes by names and would take the embeddings for a linear layer."""
 
 EPOCHS, WARMUP, BATCH = 70, 4, 8
 LEARNING_RATE, MIN_RATE = 3e-3, 0.05
@@ -275,25 +273,6 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     _write_json(folder / "generation_config.json", config)
 
 
-def versions() -> dict[str, str]:
-    """Return what made the snapshot, and the vLLM it is meant for, which is not installed here."""
-    lock = (ROOT / "requirements" / "cpu.lock").read_text()
-    pinned = re.search(r"^vllm(?:-cpu)?==(\S+)", lock, re.MULTILINE)
-    if not pinned:
-        sys.exit("demo model: requirements/cpu.lock names no vllm; run `make lock`")
-    coldsnap = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    made_by = {name: version(name) for name in ("torch", "transformers", "llmcompressor", "compressed-tensors")}
-    return made_by | {"vllm": pinned[1], "coldsnap": coldsnap}
-
-
-def quantise(bf16: Path, w8a8: Path) -> None:
-    """Write the W8A8 checkpoint: int8 weights with a scale a channel, activations scaled at run time."""
-    model_free_ptq(bf16, w8a8, scheme="W8A8", ignore=IGNORED, device="cpu")
-    (w8a8 / "model.safetensors.index.json").unlink(missing_ok=True)  # there is one file to index
-    for path in w8a8.iterdir():
-        path.chmod(0o644)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -325,12 +304,15 @@ def main() -> None:
         train(model, tokenizer, lessons, args.seed)
         save(model, tokenizer, bf16)
         examine(bf16, lessons, "bf16")
-        quantise(bf16, w8a8)
+        checkpoint = Checkpoint.read(bf16)
+        ignored = left_alone(checkpoint)
+        quantise(checkpoint, w8a8, "w8a8", ignored)
+        readable(w8a8)
         examine(w8a8, lessons, "w8a8")
         manifest = write_manifest(
             w8a8,
             source=Source(repo="local", revision=None),
-            quantization=Quantization(scheme="w8a8", ignore=IGNORED),
+            quantization=Quantization(scheme="w8a8", ignore=ignored),
             served_model_name="coldsnap-demo",
             engine_args=ENGINE_ARGS,
             versions=versions(),

@@ -27,7 +27,7 @@ REQUEST: dict[str, Any] = ORIGIN | {
     "job_id": "j", "route": "native", "model": "m", "stream": True, "prompt_tokens": 5, "cached_tokens": 2,
     "completion_tokens": 7, "queue_seconds": 0.0, "ttft_seconds": None, "itl_seconds": None, "duration_seconds": 1.0,
     "finish_reason": "stop", "gpu_seconds": 0.02, "prefill_gpu_seconds": 0.01, "decode_gpu_seconds": 0.01,
-    "joules": None, "usd": None, "price_per_second": None, "estimated": False, "fit": None,
+    "mean_batch": None, "joules": None, "usd": None, "price_per_second": None, "estimated": False, "fit": None,
 }  # fmt: skip
 WORKER: dict[str, Any] = ORIGIN | {
     "final": False, "gpu_seconds": 15.0, "cold_gpu_seconds": 1.0, "busy_gpu_seconds": 2.0,
@@ -95,7 +95,16 @@ def test_the_records_arrive_as_sums_beside_the_registrys_other_metrics(
     metrics = Metrics(registry, posts=lambda: 11)
     metrics.see(
         ColdStart(
-            **ORIGIN, seconds=3.0, phases={"python": 1.0, "engine": 2.0}, beside={}, snapshot_bytes=None, model="m"
+            **ORIGIN,
+            seconds=3.0,
+            phases={"python": 1.0, "engine": 2.0},
+            beside={},
+            snapshot_bytes=None,
+            model="m",
+            source="image",
+            verified=True,
+            fetched_bytes=0,
+            fetch_gb_per_second=None,
         )
     )
     for change in ({}, {"gpu_seconds": 20.0}, {"finish_reason": None, "error": "cancelled"}, {"finish_reason": None}):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from coldsnap.errors import ColdsnapError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
     "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
     "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             imported = importlib.import_module(module)
             imported.configure(command)
             command.set_defaults(run=imported.run)
-    options = parser.parse_args(given)
     try:
+        options = parser.parse_args(given)
         return int(options.run(options))
     except ColdsnapError as error:
         print(f"coldsnap: {error.message}", file=sys.stderr)  # noqa: T201

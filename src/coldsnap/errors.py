@@ -4,6 +4,7 @@ A `BootError` ends the process before anything is served: one line on stderr, ex
 A `JobError` ends one job; the worker serves the next one. `status` is the HTTP status that an
 OpenAI client gets, `type` the OpenAI error type.
 `EngineDead` ends the job and the worker: the platform starts another.
+A `BakeError` ends a command at a desk like a `BootError` ends a worker.
 """
 
 from __future__ import annotations
@@ -68,12 +69,20 @@ class S3Error(ColdsnapError):
         self.missing = missing
 
 
-class ServeError(BootError):
+class CommandError(ColdsnapError):
+    """A command at a desk cannot do what it was asked to; the message names the option, the file or its key."""
+
+
+class BakeError(CommandError):
+    """A snapshot cannot be made; the message names the model, file or option. Nothing is visible under its name."""
+
+
+class ReportError(CommandError):
+    """A report cannot be made."""
+
+
+class ServeError(CommandError):
     """`coldsnap serve` cannot start; the message names the option."""
-
-
-class ReportError(ColdsnapError):
-    """A report cannot be made; the message names the option, the file or its key."""
 
 
 class JobError(ColdsnapError):

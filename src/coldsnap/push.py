@@ -72,15 +72,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Push, and say how much and how fast."""
+    print(shown(options.folder, Place.parse(options.place, "PLACE")))  # noqa: T201
+    return 0
+
+
+def shown(folder: Path, place: Place) -> str:
+    """Push with a progress bar; return what was done in a line."""
     from rich.progress import Progress
 
-    place = Place.parse(options.place, "PLACE")
-    folder: Path = options.folder
     with Progress(transient=True) as progress:
         task = progress.add_task(f"push {folder}", total=snapshot.load_manifest(folder).size)
         pushed = push(folder, place, on_bytes=lambda count: progress.advance(task, count))
-    print(  # noqa: T201
-        f"{place}: {pushed.manifest.digest}, {pushed.manifest.size} bytes, {pushed.sent_bytes} of them sent, "
-        f"{pushed.seconds:.1f} s"
-    )
-    return 0
+    digest, size = pushed.manifest.digest, pushed.manifest.size
+    return f"{place}: {digest}, {size} bytes, {pushed.sent_bytes} of them sent, {pushed.seconds:.1f} s"

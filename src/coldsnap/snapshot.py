@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -48,7 +49,7 @@ class _Frozen(BaseModel):
 
 
 class Source(_Frozen):
-    """Where the weights came from: a hub repository at a commit, or `local`."""
+    """Where the weights came from: a hub repository at a commit, or `local`, then with the digest of its files."""
 
     repo: str = "local"
     revision: str | None = None
@@ -62,10 +63,44 @@ class Source(_Frozen):
 
 
 class Quantization(_Frozen):
-    """The scheme of the weights (`none` if they are as the source had them) and the layers left out."""
+    """The scheme of the weights (`none` if they are as the source had them) and the layers left out.
+
+    `method` is config.json's `quant_method`; `calibration` says what the scales were fitted to, if to anything.
+    """
 
     scheme: str = "none"
     ignore: tuple[str, ...] = ()
+    method: str | None = None
+    group_size: int | None = None
+    calibration: str | None = None
+
+
+class Quality(_Frozen):
+    """How far the snapshot is from its original. What could not be measured is None, and `not_measured` says why.
+
+    `mean_kl` is KL(original || snapshot) in nats a token, `top1_agreement` the share of tokens with the same
+    best successor, `greedy_identical` how many of `greedy_prompts` continue with the same tokens.
+    """
+
+    text: str | None = None
+    measured_with: str | None = None
+    tokens: int | None = None
+    perplexity: float | None = None
+    original_perplexity: float | None = None
+    mean_kl: float | None = None
+    top1_agreement: float | None = None
+    greedy_prompts: int | None = None
+    greedy_identical: int | None = None
+    not_measured: str | None = None
+
+
+class Bake(_Frozen):
+    """How the snapshot was made. `seconds` are by stage, of the run that completed the stage."""
+
+    seconds: dict[str, float]
+    source_bytes: int = Field(ge=0)
+    license: str | None = None
+    quality: Quality
 
 
 class FileEntry(_Frozen):
@@ -85,6 +120,7 @@ class Manifest(_Frozen):
     quantization: Quantization
     engine_args: dict[str, JsonValue]
     versions: dict[str, str]
+    bake: Bake | None = None
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry] = Field(min_length=1)
 
     @property
@@ -107,10 +143,18 @@ def write_manifest(
     served_model_name: str,
     engine_args: dict[str, Any],
     versions: dict[str, str],
+    bake: Callable[[], Bake] | None = None,
 ) -> Manifest:
-    """Hash every file below `folder` and write `coldsnap.json` beside them, last and atomically."""
+    """Hash every file below `folder` and write `coldsnap.json` beside them, last and atomically.
+
+    `bake` is called after the hashing, so that it can tell how long that took.
+    """
     temporary = folder / f".{MANIFEST}.partial"
     temporary.unlink(missing_ok=True)  # of a bake that was interrupted
+    files = {
+        name: FileEntry(size=(folder / name).stat().st_size, blake3=_digest(folder / name))
+        for name in sorted(_listing(folder))
+    }
     manifest = Manifest(
         created=datetime.now(UTC).replace(microsecond=0),
         served_model_name=served_model_name,
@@ -118,10 +162,8 @@ def write_manifest(
         quantization=quantization,
         engine_args=engine_args,
         versions=versions,
-        files={
-            name: FileEntry(size=(folder / name).stat().st_size, blake3=_digest(folder / name))
-            for name in sorted(_listing(folder))
-        },
+        bake=bake() if bake else None,
+        files=files,
     )
     text = orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2) + b"\n"
     temporary.write_bytes(text)
