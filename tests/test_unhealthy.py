@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from coldsnap.settings import ROOT
-from coldsnap.testing import ControlPlane
-from coldsnap.testing.control_plane import WorkerUnhealthy
+from coldsnap.testing import ControlPlane, WorkerUnhealthy
 
 CODE = "from coldsnap import worker, errors; worker._report_unhealthy(errors.Unfit('disk', 'it is full'))"
 

@@ -21,6 +21,8 @@ _TOO_MANY_SECONDS = 5.0
 """The SDK's own pause after a 429."""
 _LEAST_POLL_SECONDS = 0.1
 """An answer that comes at once, again and again, must not make the stop channel spin."""
+_EARLY_STOP_SECONDS = 1.0
+"""How long a cancel may be ahead of its job: they come over two connections."""
 _LAST_POSTS_SECONDS = 5.0
 """For the POSTs of jobs that a drain has ended."""
 
@@ -73,6 +75,7 @@ class _EventDriven:
         self.jobs_queue = asyncio.Queue()
         self.jobs_handler = self.worker.handle_job
         self._running: set[asyncio.Task[None]] = set()
+        self._stopped_early: dict[str, float] = {}
         self.worker.attach(self)
 
     async def run(self: Any) -> None:
@@ -107,6 +110,15 @@ class _EventDriven:
             else:
                 await asyncio.sleep(max(0.0, _LEAST_POLL_SECONDS - (loop.time() - begun)))
 
+    async def stop_job(self, job_id: str) -> bool:
+        """Stop a running job, or one that is about to arrive."""
+        now = asyncio.get_running_loop().time()
+        if await super().stop_job(job_id):  # type: ignore[misc] # JobScaler's
+            return True
+        self._stopped_early = {job: until for job, until in self._stopped_early.items() if until > now}
+        self._stopped_early[job_id] = now + _EARLY_STOP_SECONDS
+        return False
+
     async def _take(self: Any, session: Any) -> None:
         """Take jobs until cancelled: also while draining, because the open request may still deliver."""
         while True:
@@ -124,6 +136,8 @@ class _EventDriven:
                 await self._request_failed("take a job", error)
 
     def _begin(self: Any, session: Any, job: dict[str, Any]) -> None:
+        if self._stopped_early.pop(job["id"], 0.0) > asyncio.get_running_loop().time():
+            return  # for the platform it has ended
         self.jobs_queue.put_nowait(job)  # handle_job ends with task_done(), which counts
         self.jobs_queue.get_nowait()
         self.job_progress.add(job)

@@ -81,6 +81,10 @@ class ReportError(CommandError):
     """A report cannot be made."""
 
 
+class ServeError(CommandError):
+    """`coldsnap serve` cannot start; the message names the option."""
+
+
 class JobError(ColdsnapError):
     """One job failed; nothing else did."""
 
@@ -118,6 +122,17 @@ class MethodNotAllowed(InvalidInput):
 
     status = 405
     type = "MethodNotAllowedError"
+
+
+class Refused(JobError):
+    """`coldsnap serve` does not take a client's request; `status` says why, `retry_after` (s) when to ask again."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
 
 
 class Draining(JobError):

@@ -1,4 +1,4 @@
-"""The client's side of a job: submitted to the control plane, read as a stream of chunks or as one result.
+"""A job: what it was submitted with, its state, and its output as a stream of chunks or as one result.
 
 It knows what was posted and when, not who posted it or whether the platform would have taken it.
 """
@@ -6,18 +6,23 @@ It knows what was posted and when, not who posted it or whether the platform wou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
+MEGABYTE: Final = 1_000_000
+RUN_LIMIT: Final = 10 * MEGABYTE
+RUNSYNC_LIMIT: Final = 20 * MEGABYTE
+
 
 class JobFailed(Exception):
-    """The worker reported an error; `error` is the string it posted. Raised on the client's side of a job."""
+    """The job did not complete; `error` says why, as the worker posted it. Raised on the client's side of a job."""
 
     def __init__(self, error: str) -> None:
         super().__init__(error)
@@ -36,6 +41,29 @@ class JobState(StrEnum):
     COMPLETED = "COMPLETED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a job was submitted under: the platform's documented limits unless its policy says otherwise. Seconds."""
+
+    limit: int = RUN_LIMIT
+    """Bytes of the request, and of the result."""
+    retention: float = 1800.0
+    """How long the result is kept after the end."""
+    execution_timeout: float = 600.0
+    ttl: float = 86_400.0
+    """How long the job may live, waiting or running."""
+    low_priority: bool = False
+    """The job starts no worker."""
+    webhook: str | None = None
+    durable: bool = False
+    """Whether the job outlives the platform's process. Nobody would read one whose client waits on a connection."""
+
+
+RUN: Final = Terms()
+RUNSYNC: Final = Terms(limit=RUNSYNC_LIMIT, retention=60.0)
 
 
 @dataclass(slots=True)
@@ -78,13 +106,16 @@ class Bell:
 class Job:
     """The client's handle on a submitted job.
 
-    `posts` counts every POST of the worker for this job, refused ones too; `late_posts` those after a cancel.
+    `posts` counts every POST of the worker for this job, refused ones too; `late_posts` those after its end.
     `output` is what job-done carried: for a stream an empty list unless the worker returns the aggregate.
+    `attempts` counts how often a worker took it.
     """
 
-    def __init__(self, job_id: str, number: int, fields: dict[str, object], result_limit: int) -> None:
+    def __init__(self, job_id: str, number: int, payload: bytes, terms: Terms = RUN) -> None:
         self.id = job_id
         self.number = number
+        self.payload = payload
+        self.terms = terms
         self.state = JobState.IN_QUEUE
         self.error: str | None = None
         self.output: Any = None
@@ -92,10 +123,11 @@ class Job:
         self.progress: list[Any] = []
         self.posts = 0
         self.late_posts = 0
+        self.attempts = 0
+        self.read = 0
+        """How many of the chunks a client has been given: with one of them the job cannot start again unnoticed."""
         self.worker_id: str | None = None
         self.timestamps = Timestamps(submitted=time.monotonic())
-        self.payload = _encode(fields)
-        self.result_limit = result_limit
         self._changed = Bell()
 
     @property
@@ -118,8 +150,30 @@ class Job:
                 await self._changed.wait()
             else:
                 seen += 1
+                self.read = max(self.read, seen)
                 yield self.chunks[seen - 1]
         self._raise_error()
+
+    def unread(self) -> list[Any]:
+        """Return the chunks that no client has been given yet, and count them as given."""
+        chunks = self.chunks[self.read :]
+        self.read = len(self.chunks)
+        return chunks
+
+    async def news(self, seconds: float) -> None:
+        """Return when there are unread chunks, when the job has ended, or after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.read == len(self.chunks) and not self.done:
+                    await self._changed.wait()
+
+    async def ended(self, seconds: float) -> bool:
+        """Return whether the job ends within `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.done:
+                    await self._changed.wait()
+        return self.done
 
     async def result(self, timeout: float | None = None) -> Any:
         """Return the job's output, or the list of its chunks where the worker did not aggregate them."""
@@ -140,13 +194,25 @@ class Job:
         self.timestamps.chunks.append(time.monotonic())
         self._changed.ring()
 
+    def take(self, worker_id: str) -> None:
+        self.state, self.worker_id, self.timestamps.taken = JobState.IN_PROGRESS, worker_id, time.monotonic()
+        self.attempts += 1
+
+    def restart(self) -> None:
+        """Forget all that a worker did: the job waits again."""
+        self.state, self.worker_id = JobState.IN_QUEUE, None
+        self.output, self.error, self.read = None, None, 0
+        self.chunks, self.progress = [], []
+        self.timestamps = Timestamps(submitted=self.timestamps.submitted)
+
     def end(self, state: JobState, *, output: Any = None, error: str | None = None) -> None:
         self.state, self.output, self.error = state, output, error
         self.timestamps.done = time.monotonic()
         self._changed.ring()
 
 
-def _encode(fields: dict[str, object]) -> bytes:
+def encode(fields: dict[str, Any]) -> bytes:
+    """Return JSON."""
     try:
         return orjson.dumps(fields)
     except TypeError:  # a lone surrogate, a large integer: JSON can carry them, so a client can send them

@@ -1,0 +1,206 @@
+"""The workers of an endpoint: processes that run the handler, as many as the scaler wants.
+
+A worker leads a process group but no session: Linux shares processors out among sessions (sched_autogroup), and
+an engine's would starve this one. It ends with this process, whatever ends that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from coldsnap.platform.control_plane import ControlPlane
+from coldsnap.platform.endpoint import Endpoint
+from coldsnap.platform.scaler import wanted
+
+State = Literal["initializing", "idle", "running", "throttled", "unhealthy"]
+STATES: tuple[State, ...] = ("initializing", "idle", "running", "throttled", "unhealthy")
+
+_LOOK_SECONDS = 0.1
+_BOOT_SECONDS = 420.0
+"""The platform's limit for a worker to begin taking jobs."""
+_STOP_SECONDS = 45.0
+"""From SIGTERM to SIGKILL for a worker that is not needed any more: DRAIN_SECONDS and some."""
+_LAST_POSTS_SECONDS = 0.2
+"""What a worker sent just before its end is read first."""
+_LONGEST_PAUSE = 30.0
+"""Between two boots, when one after the other fails."""
+_SET_PARENT_DEATH_SIGNAL = 1
+
+
+@dataclass(slots=True)
+class WorkerProcess:
+    """A worker's process, from its start to its end."""
+
+    id: str
+    process: asyncio.subprocess.Process
+    log: Path
+    begun: float = field(default_factory=time.monotonic)
+    ready: float | None = None
+    """`time.monotonic()` when it first asked for jobs."""
+    stopping: bool = False
+
+
+class Fleet:
+    """Starts and stops workers while `run` runs."""
+
+    def __init__(
+        self, endpoint: Endpoint, handler: Path, environ: Mapping[str, str], logs: Path, say: Callable[[str], None]
+    ) -> None:
+        self.workers: dict[str, WorkerProcess] = {}
+        self._endpoint = endpoint
+        self._plane: ControlPlane = endpoint.plane
+        self._handler = handler
+        self._environ = environ
+        self._logs = logs
+        self._say = say
+        self._watches: set[asyncio.Task[None]] = set()
+        self._started = 0
+        self._failed_boots = 0
+        self._not_before = 0.0
+
+    async def run(self) -> None:
+        """Keep as many workers as are wanted, until the endpoint stops. Cancelled, it could lose one that starts."""
+        while not self._endpoint.stopping:
+            self._look()
+            await self._scale()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def stop(self, seconds: float, hurry: asyncio.Event) -> None:
+        """End every worker: running jobs have `seconds`, or until `hurry`."""
+        for worker in self.workers.values():
+            self._retire(worker)
+        ending: asyncio.Future[Any] = asyncio.gather(*self._watches)
+        hurried: asyncio.Future[Any] = asyncio.create_task(hurry.wait())
+        await asyncio.wait([ending, hurried], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        for worker in self.workers.values():
+            _kill_group(worker.process.pid)
+        await ending
+
+    def state(self, worker: WorkerProcess) -> State:
+        """Return the platform's word for what a worker does."""
+        if worker.ready is None:
+            return "initializing"
+        seen = self._plane.workers.get(worker.id)
+        return "running" if seen and seen.running else "idle"
+
+    def count(self) -> dict[str, int]:
+        """Return the workers as /health counts them. `unhealthy` are those whose last boot failed."""
+        found = Counter(self.state(worker) for worker in self.workers.values() if not worker.stopping)
+        if self._failed_boots and not found:
+            found["unhealthy"] = 1
+        return {**{name: found[name] for name in STATES}, "ready": found["idle"] + found["running"]}
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for worker in self.workers.values():
+            seen = self._plane.workers.get(worker.id)
+            if worker.ready is None and seen and seen.first_poll is not None:
+                worker.ready = seen.first_poll
+                self._failed_boots = 0
+                self._say(f"{worker.id} takes jobs, {worker.ready - worker.begun:.1f} s after its start")
+            elif worker.ready is None and now - worker.begun > _BOOT_SECONDS:
+                self._say(f"{worker.id} took no job within {_BOOT_SECONDS:g} s and is killed")
+                _kill_group(worker.process.pid)
+
+    async def _scale(self) -> None:
+        scaling = self._endpoint.scaling
+        alive = [worker for worker in self.workers.values() if not worker.stopping]
+        starting = sum(worker.ready is None for worker in alive)
+        number = wanted(scaling, self._endpoint.load(len(alive), starting))
+        if number > len(alive):
+            if time.monotonic() >= self._not_before:
+                for _ in range(number - len(alive)):
+                    await self._start()
+            return
+        idle = [worker for worker in alive if self._idle(worker) >= scaling.idle_timeout]
+        for worker in idle[: len(alive) - number]:
+            self._say(f"{worker.id} was idle for {scaling.idle_timeout:g} s and is stopped")
+            self._retire(worker)
+
+    def _idle(self, worker: WorkerProcess) -> float:
+        """Return for how many seconds a worker has had nothing to do; below 0 if it has."""
+        seen = self._plane.workers.get(worker.id)
+        return -1.0 if seen is None or seen.idle_since is None else time.monotonic() - seen.idle_since
+
+    async def _start(self) -> None:
+        self._started += 1
+        worker_id = f"worker-{self._started}"
+        log = self._logs / f"{worker_id}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environ = {**self._environ, **self._plane.environment(worker_id)}
+        with log.open("wb") as file:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                self._handler,
+                env=environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                preexec_fn=_lead_group_and_end_with_parent,
+            )
+        worker = self.workers[worker_id] = WorkerProcess(worker_id, process, log)
+        self._say(f"{worker_id} starts: process {process.pid}, log {log}")
+        watch = asyncio.create_task(self._watch(worker))
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        code = await worker.process.wait()
+        _kill_group(worker.process.pid)  # the SDK's ping process outlives a worker that is killed
+        await asyncio.sleep(_LAST_POSTS_SECONDS)
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        del self.workers[worker.id]
+        self._plane.lose(worker.id, f"{worker.id} {how}", blame=not self._endpoint.stopping)
+        if worker.stopping:
+            return
+        self._say(f"{worker.id} {how}; the end of its log:\n{_tail(worker.log)}")
+        if worker.ready is None:
+            self._failed_boots += 1
+            self._not_before = time.monotonic() + min(2.0 ** (self._failed_boots - 1), _LONGEST_PAUSE)
+
+    def _retire(self, worker: WorkerProcess) -> None:
+        if worker.stopping:
+            return
+        worker.stopping = True
+        self._plane.retire(worker.id)
+        with contextlib.suppress(ProcessLookupError):
+            worker.process.send_signal(signal.SIGTERM)
+        asyncio.get_running_loop().call_later(_STOP_SECONDS, self._kill_if_there, worker)
+
+    def _kill_if_there(self, worker: WorkerProcess) -> None:
+        if worker.id in self.workers:
+            _kill_group(worker.process.pid)
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _lead_group_and_end_with_parent() -> None:
+    """Run in the child before it becomes the worker. (uvloop knows no `process_group`.)"""
+    os.setpgrp()
+    if sys.platform == "linux":
+        _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _tail(log: Path, lines: int = 5) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 10_000))
+        text = file.read().decode(errors="replace")
+    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])

@@ -1,0 +1,146 @@
+"""`coldsnap serve`: an endpoint on this machine, with workers that run the unmodified handler."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from coldsnap.errors import ServeError
+from coldsnap.platform.api import Api
+from coldsnap.platform.control_plane import ControlPlane
+from coldsnap.platform.endpoint import Endpoint
+from coldsnap.platform.fleet import Fleet
+from coldsnap.platform.scaler import Scaling
+from coldsnap.platform.server import served
+from coldsnap.platform.store import Store
+from coldsnap.platform.throttle import Throttle
+from coldsnap.settings import ROOT
+
+_SCALER_VALUES = {"queue-delay": 4.0, "request-count": 4.0}
+"""The platform's defaults: seconds in the queue, requests for each worker."""
+_DRAIN_SECONDS = 10.0
+"""For running jobs after the first Ctrl-C. Those that do not end run again after the next start."""
+_POLL_SECONDS = 20.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `coldsnap serve`, named like an endpoint's settings."""
+    parser.add_argument("--port", type=_integer(0, 65_535), default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--key", help="API key (default: a random one, kept in the state file)")
+    parser.add_argument("--endpoint", default="local", help="the endpoint's id in addresses (default: local)")
+    parser.add_argument("--workers", type=_integer(0), default=1, help="active workers, always there (default: 1)")
+    parser.add_argument("--max-workers", type=_integer(1), help="most workers (default: --workers, at least 1)")
+    parser.add_argument(
+        "--idle-timeout", type=_seconds, default=5.0, help="seconds after which an idle worker above --workers ends"
+    )
+    parser.add_argument("--scaler", choices=sorted(_SCALER_VALUES), default="queue-delay", help="when to add workers")
+    parser.add_argument(
+        "--scaler-value", type=_seconds, help="seconds in the queue, or requests for each worker (default: 4)"
+    )
+    parser.add_argument("--handler", type=Path, default=ROOT / "handler.py", help="what a worker runs")
+    parser.add_argument(
+        "--state", type=Path, default=ROOT / ".coldsnap" / "serve.db", help="file of the jobs; logs go beside it"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM."""
+    import uvloop
+
+    most = options.max_workers if options.max_workers is not None else max(options.workers, 1)
+    if most < options.workers:
+        raise ServeError(f"--max-workers {most}: fewer than --workers {options.workers}")
+    if not options.handler.is_file():
+        raise ServeError(f"--handler {options.handler}: there is no such file")
+    if not (options.endpoint.isascii() and options.endpoint.replace("-", "").isalnum()):
+        raise ServeError(f"--endpoint {options.endpoint!r}: letters, digits and - are expected")
+    if options.key is not None and not (options.key.isascii() and options.key.isprintable() and options.key.strip()):
+        raise ServeError("--key: printable ASCII characters are expected")
+    value = options.scaler_value or _SCALER_VALUES[options.scaler]
+    scaling = Scaling(options.workers, most, options.idle_timeout, options.scaler, value)
+    uvloop.run(_serve(options, scaling))
+    return 0
+
+
+async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
+    """Start from the inside: state, worker protocol, clock, workers, API; end in reverse."""
+    listener = _listener(options.host, options.port)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, signalled)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(listener.close)
+        store = stack.enter_context(Store(options.state, _say))
+        key = options.key or store.kept("key", lambda: f"rpa_{secrets.token_urlsafe(24)}")
+        plane = ControlPlane(poll_seconds=_POLL_SECONDS, endpoint_id=options.endpoint, journal=store)
+        await stack.enter_async_context(plane)
+        endpoint = await stack.enter_async_context(Endpoint(plane, store, scaling, _say))
+        logs = options.state.parent / "workers"
+        fleet = Fleet(endpoint, options.handler.absolute(), os.environ, logs, _say)
+        api = Api(endpoint, fleet, key, Throttle()).application()
+        await stack.enter_async_context(served(api, listener))
+        _greet(listener, options.endpoint, key, len(plane.queue))
+        scaler = asyncio.create_task(fleet.run())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({scaler, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        endpoint.stopping = True
+        await asyncio.wait({scaler})
+        running = sum(len(worker.running) for worker in plane.workers.values())
+        if running:
+            _say(f"{running} running jobs have {_DRAIN_SECONDS:g} s to end; Ctrl-C again stops them at once")
+        await fleet.stop(_DRAIN_SECONDS, hurry)
+        scaler.result()
+        if left := [job for job in plane.queue if job.terms.durable]:
+            _say(f"{len(left)} jobs wait in {options.state} for the next start")
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=1024)
+    except OSError as error:
+        raise ServeError(
+            f"--host {host} --port {port}: {os.strerror(error.errno) if error.errno else error}"
+        ) from error
+
+
+def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> None:
+    host, port = listener.getsockname()[:2]
+    base = f"http://{host}:{port}/v2"
+    _say(f"endpoint {base}/{endpoint}, OpenAI {base}/{endpoint}/openai/v1, key {key}")
+    if waiting:
+        _say(f"{waiting} jobs wait from before")
+
+
+def _integer(least: int, most: int | None = None) -> type[int]:
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{number} is not {'at least' if most is None else 'from'} {least}")
+        return number
+
+    parse.__name__ = "integer"
+    return parse  # type: ignore[return-value]
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return number
+
+
+def _say(message: str) -> None:
+    print(f"coldsnap: {message}", file=sys.stderr, flush=True)  # noqa: T201

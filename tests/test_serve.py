@@ -1,0 +1,357 @@
+"""`coldsnap serve` with small handlers behind the unmodified SDK: limits, crashes, restarts, scaling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from serving import KEY, ROOT, Serve, until
+
+from coldsnap.errors import Refused
+from coldsnap.platform.control_plane import ControlPlane
+from coldsnap.platform.endpoint import Endpoint, status
+from coldsnap.platform.job import JobState, Terms
+from coldsnap.platform.scaler import Scaling
+from coldsnap.platform.store import Store
+from coldsnap.platform.submission import Submission
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HANDLER = """
+import asyncio, os, runpod
+
+async def handler(job):
+    given = job["input"]
+    for number in range(given.get("chunks", 1)):
+        yield {"number": number, "attempt_of": os.environ["RUNPOD_POD_ID"], "s3": "s3Config" in job}
+    await asyncio.sleep(given.get("seconds", 0))
+    if given.get("die"):
+        os._exit(3)
+    if given.get("progress"):
+        runpod.serverless.progress_update(job, "half")
+        await asyncio.sleep(0.5)
+
+runpod.serverless.start({
+    "handler": handler, "return_aggregate_stream": True, "concurrency_modifier": lambda current: 8,
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def handler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("handler") / "handler.py"
+    path.write_text(HANDLER)
+    return str(path)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def serve(tmp_path_factory: pytest.TempPathFactory, handler: str) -> AsyncIterator[Serve]:
+    async with Serve(tmp_path_factory.mktemp("serve"), "--handler", handler) as serve:
+        await serve.says("worker-1 takes jobs")
+        yield serve
+
+
+async def test_a_job_is_run_its_status_kept_and_its_stream_given_once(serve: Serve) -> None:
+    job_id = await serve.run({"chunks": 3}, s3Config={"bucketName": "b"})
+    status = await serve.ended(job_id)
+    assert (status["id"], status["status"], status["workerId"]) == (job_id, "COMPLETED", "worker-1")
+    assert [chunk["number"] for chunk in status["output"]] == [0, 1, 2]
+    assert status["output"][0]["s3"]
+    assert status["delayTime"] >= 0
+    assert status["executionTime"] >= 0
+    first, second = await serve.get(f"stream/{job_id}"), await serve.get(f"stream/{job_id}")
+    assert first == {"status": "COMPLETED", "stream": [{"output": chunk} for chunk in status["output"]]}
+    assert second == {"status": "COMPLETED", "stream": []}
+
+
+async def test_runsync_answers_with_the_output_or_after_its_wait_with_the_state(serve: Serve) -> None:
+    answer = await serve.post("runsync", {"input": {}})
+    assert (answer["status"], answer["id"][:5]) == ("COMPLETED", "sync-")
+    answer = await serve.post("runsync?wait=1000", {"input": {"seconds": 2}})
+    assert answer["status"] == "IN_PROGRESS"
+    assert (await serve.ended(answer["id"]))["status"] == "COMPLETED"
+
+
+async def test_a_progress_update_is_the_output_of_a_running_job(serve: Serve) -> None:
+    job_id = await serve.run({"progress": True})
+    seen = []
+    while (status := await serve.get(f"status/{job_id}"))["status"] != "COMPLETED":
+        seen.append(status.get("output"))
+        await asyncio.sleep(0.05)
+    assert "half" in seen
+
+
+async def test_a_cancelled_job_stays_cancelled_and_an_ended_one_as_it_is(serve: Serve) -> None:
+    job_id = await serve.run({"seconds": 60})
+    assert await serve.post(f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
+    assert await serve.post(f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
+    done = await serve.run({})
+    await serve.ended(done)
+    assert await serve.post(f"cancel/{done}") == {"id": done, "status": "COMPLETED"}
+    code, answer = await serve.call("POST", f"retry/{done}")
+    assert (code, "only a FAILED or TIMED_OUT one" in answer["error"]) == (400, True)
+
+
+async def test_a_job_s_policy_ends_it_and_a_result_goes_when_its_client_says_so(serve: Serve) -> None:
+    job_id = await serve.run({"seconds": 60}, policy={"executionTimeout": 5001})
+    ended = await serve.ended(job_id)
+    assert ended["status"] == "TIMED_OUT"
+    assert ended["error"] == "the job ran longer than its execution timeout of 5.001 s"
+    assert await serve.get(f"status/{job_id}?ttl=0") == ended
+    await asyncio.sleep(0.6)
+    code, answer = await serve.call("GET", f"status/{job_id}")
+    assert (code, "no longer kept" in answer["error"]) == (404, True)
+
+
+LONG = b'{"input": "' + b"x" * 10_000_000 + b'"}'
+REFUSED: dict[str, tuple[str, str, bytes | None, int, str]] = {
+    "no JSON": ("POST", "run", b'{"input": ', 400, "line 1 column 11"),
+    "no text": ("POST", "run", b"\xff\xfe", 400, "not JSON"),
+    "not a number": ("POST", "run", b'{"input": NaN}', 400, "NaN is no JSON"),
+    "nested": ("POST", "run", b"[" * 200_000, 400, "too deeply nested"),
+    "a list": ("POST", "run", b"[1]", 400, "a JSON list"),
+    "no input": ("POST", "run", b"{}", 400, "input: missing"),
+    "policy": ("POST", "run", b'{"input": 1, "policy": {"ttl": 5}}', 400, "policy.ttl: 5; milliseconds from 10000"),
+    "policy's timeout": ("POST", "run", b'{"input": 1, "policy": {"executionTimeout": true}}', 400, "executionTimeout"),
+    "priority": ("POST", "run", b'{"input": 1, "policy": {"lowPriority": 1}}', 400, "policy.lowPriority"),
+    "webhook": ("POST", "run", b'{"input": 1, "webhook": "ftp://a"}', 400, "webhook"),
+    "wait": ("POST", "runsync?wait=1", b'{"input": 1}', 400, "wait: '1'; milliseconds from 1000 to 300000"),
+    "too long": ("POST", "run", LONG, 413, "10000000 bytes at most, found 10000013"),
+    "unknown job": ("GET", "status/nope", None, 404, "there is no job 'nope'"),
+    "unknown job's stream": ("GET", "stream/nope", None, 404, "there is no job"),
+    "unknown job to cancel": ("POST", "cancel/nope", None, 404, "there is no job"),
+    "unknown route": ("GET", "nope", None, 404, "there is no route '/v2/local/nope'"),
+    "method": ("GET", "run", None, 405, "does not take GET"),
+    "endpoint": ("GET", "../other/health", None, 404, "there is no endpoint 'other'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_what_is_wrong_is_refused_with_its_status_and_why(serve: Serve, case: str) -> None:
+    method, path, body, code, message = REFUSED[case]
+    async with serve.http.request(method, f"{serve.url}/{path}", data=body) as response:
+        assert response.status == code
+        assert message in (await response.json())["error"]
+
+
+async def test_a_body_without_a_length_is_read_no_further_than_allowed(serve: Serve) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(LONG), 65_536):
+            yield LONG[start : start + 65_536]
+
+    async with serve.http.post(f"{serve.url}/run", data=pieces()) as response:
+        assert response.status == 413
+
+
+@pytest.mark.parametrize("path", ["health", "openai/v1/models"])
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic cnBhOg==", "Bearer ключ"])
+async def test_without_the_key_there_is_nothing(serve: Serve, path: str, header: str | None) -> None:
+    async with aiohttp.ClientSession() as stranger:
+        headers = {} if header is None else {"Authorization": header}
+        async with stranger.get(f"{serve.url}/{path}", headers=headers) as response:
+            assert response.status == 401
+            assert "Authorization: Bearer" in await response.text()
+        async with stranger.get(f"{serve.url}/health", headers={"Authorization": KEY}) as response:
+            assert response.status == 200  # the platform's own examples send the bare key
+
+
+async def test_too_many_requests_are_told_when_to_come_back(serve: Serve) -> None:
+    codes = []
+    for _ in range(3):
+        async with serve.http.post(f"{serve.url}/purge-queue") as response:
+            codes.append(response.status)
+            after = response.headers.get("Retry-After")
+    assert codes == [200, 200, 429]
+    assert 1 <= int(after or 0) <= 10
+
+
+async def test_a_job_whose_workers_die_is_tried_twice_then_fails_and_can_be_retried(
+    tmp_path: Path, handler: str
+) -> None:
+    async with Serve(tmp_path, "--handler", handler, "--workers", "1") as serve:
+        job_id = await serve.run({"die": True})
+        ended = await serve.ended(job_id)
+        assert ended["status"] == "FAILED"
+        assert ended["error"] == "worker-2 ended with exit code 3 while it ran the job; it was tried 2 times"
+        assert (await serve.get("health"))["jobs"] == {
+            "completed": 0, "failed": 1, "inProgress": 0, "inQueue": 0, "retried": 1,
+        }  # fmt: skip
+        assert await serve.post(f"retry/{job_id}") == {"id": job_id, "status": "IN_QUEUE"}
+        assert (await serve.ended(job_id))["status"] == "FAILED"
+        half = await serve.run({"chunks": 2, "seconds": 1, "die": True})
+        while not (await serve.get(f"stream/{half}"))["stream"]:
+            await asyncio.sleep(0.05)
+        ended = await serve.ended(half)
+        assert "some of its output had been delivered, so it was not tried again" in ended["error"]
+        assert (await serve.post("runsync", {"input": {}}))["status"] == "COMPLETED"
+
+
+async def test_a_restart_after_sigkill_loses_no_job_and_leaves_no_worker(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler) as first:
+        await first.says("worker-1 takes jobs")
+        done = await first.run({"chunks": 2})
+        before = await first.ended(done)
+        jobs = [await first.run({"seconds": 0.5}) for _ in range(20)]  # 8 of them run
+        first.process.send_signal(signal.SIGKILL)
+        await first.process.wait()
+        await until(lambda: first.processes() == [], 60)
+    async with Serve(tmp_path, "--handler", handler) as second:
+        assert await second.get(f"status/{done}") == before
+        assert len((await second.get(f"stream/{done}"))["stream"]) == 2
+        states = [(await second.ended(job))["status"] for job in jobs]
+        assert states == ["COMPLETED"] * 20
+
+
+async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler) as first:
+        await first.says("worker-1 takes jobs")
+        ends, outlasts = await first.run({"seconds": 3}), await first.run({"seconds": 30})
+        while (await first.get("health"))["jobs"]["inProgress"] < 2:
+            await asyncio.sleep(0.05)
+        first.process.send_signal(signal.SIGINT)
+        await first.says("2 running jobs have 10 s to end")
+        code, answer = await first.call("POST", "run", {"input": {}})
+        assert (code, answer) == (503, {"error": "this endpoint is about to stop"})
+        assert (await first.ended(ends))["status"] == "COMPLETED"
+        assert await first.end() == 0  # at the second Ctrl-C
+        assert "1 jobs wait in" in first.log
+        assert first.processes() == []
+    async with Serve(tmp_path, "--handler", handler, "--workers", "0") as second:
+        assert (await second.get(f"status/{ends}"))["status"] == "COMPLETED"
+        assert (await second.get(f"status/{outlasts}"))["status"] in {"IN_QUEUE", "IN_PROGRESS"}
+        assert (await second.post(f"cancel/{outlasts}"))["status"] == "CANCELLED"
+
+
+async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: Path, handler: str) -> None:
+    scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5"]
+    rule = ["--scaler", "request-count", "--scaler-value", "1"]
+    async with Serve(tmp_path, "--handler", handler, *scaling, *rule) as serve:
+        assert (await serve.get("health"))["workers"]["ready"] == serve.workers.__len__() == 0
+        await serve.run({"seconds": 0.1}, policy={"lowPriority": True})
+        await asyncio.sleep(0.5)
+        assert serve.workers == []
+        jobs = [await serve.run({"seconds": 0.1}) for _ in range(6)]
+        for job in jobs:
+            assert (await serve.ended(job))["status"] == "COMPLETED"
+        assert len(serve.workers) == 2
+        await until(lambda: serve.log.count("was idle for 0.5 s and is stopped") == 2)
+        await until(lambda: serve.processes() == [])
+        assert (await serve.get("health"))["workers"]["ready"] == 0
+
+
+async def test_a_handler_that_does_not_start_is_said_and_not_started_again_at_once(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no model here')")
+    async with Serve(tmp_path, "--handler", str(broken)) as serve:
+        await serve.says("worker-2 ended with exit code 1; the end of its log:\n    no model here")
+        await asyncio.sleep(0.5)
+        assert len(serve.workers) == 2
+        assert (await serve.get("health"))["workers"]["unhealthy"] == 1
+
+
+async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = {
+            ("--port", port): f"coldsnap: --host 127.0.0.1 --port {port}: Address already in use\n",
+            ("--port", "0", "--state", str(serve.state)): f"coldsnap: --state {serve.state}: in use by another "
+            "`coldsnap serve`; name another file\n",
+            ("--workers", "2", "--max-workers", "1"): "coldsnap: --max-workers 1: fewer than --workers 2\n",
+            ("--handler", "nowhere.py"): "coldsnap: --handler nowhere.py: there is no such file\n",
+            ("--endpoint", "a/b"): "coldsnap: --endpoint 'a/b': letters, digits and - are expected\n",
+        }
+        for options, message in cases.items():
+            given = ["serve", "--state", str(tmp_path / "x.db"), *options]
+            command = [sys.executable, "-c", "import sys; from coldsnap.cli import main; sys.exit(main())", *given]
+            environ = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+            ended = await asyncio.to_thread(subprocess.run, command, env=environ, capture_output=True, text=True)
+            assert (ended.returncode, ended.stderr) == (1, message)
+
+
+# The clock, in this process.
+
+
+@contextlib.asynccontextmanager
+async def keeping(path: Path, scaling: Scaling = Scaling()) -> AsyncIterator[Endpoint]:  # noqa: B008
+    said: list[str] = []
+    with Store(path, said.append) as store:
+        async with ControlPlane(journal=store) as plane, Endpoint(plane, store, scaling, said.append) as endpoint:
+            yield endpoint
+    assert said == []
+
+
+async def test_a_job_that_nobody_takes_times_out_and_its_result_expires_everywhere(tmp_path: Path) -> None:
+    async with keeping(tmp_path / "db") as endpoint:
+        job = endpoint.plane.submit(1, terms=Terms(ttl=0.3, retention=0.3, durable=True))
+        assert await job.ended(5)
+        assert status(job) == {
+            "id": job.id, "status": "TIMED_OUT", "error": "the job did not end within its time to live of 0.3 s",
+        }  # fmt: skip
+        await until(lambda: job.id not in endpoint.plane.jobs)
+    async with keeping(tmp_path / "db") as endpoint:
+        assert endpoint.plane.jobs == {}
+
+
+async def test_a_webhook_hears_what_status_says_and_is_called_again_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coldsnap.platform.endpoint._WEBHOOK_SECONDS", 0.1)
+    heard: list[Any] = []
+
+    async def hear(request: web.BaseRequest) -> web.Response:
+        heard.append(json.loads(await request.read()))
+        return web.Response(status=500 if len(heard) == 1 else 200)
+
+    runner = web.ServerRunner(web.Server(hear))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with keeping(tmp_path / "db") as endpoint:
+        address = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        job = endpoint.plane.submit(1, terms=Terms(webhook=address, durable=True))
+        endpoint.plane.cancel(job.id)
+        await until(lambda: len(heard) == 2)
+        assert heard == [{"id": job.id, "status": "CANCELLED", "error": "the job was cancelled"}] * 2
+    async with keeping(tmp_path / "db"):
+        await asyncio.sleep(0.6)  # a restart does not call again
+    assert len(heard) == 2
+    await runner.cleanup()
+
+
+async def test_after_a_restart_what_ran_waits_again_unless_a_client_has_a_part_of_it(tmp_path: Path) -> None:
+    async with keeping(tmp_path / "db", Scaling(most=1)) as endpoint:
+        jobs = [endpoint.plane.submit(n, terms=Terms(durable=True)) for n in range(3)]
+        jobs[1].take("w")
+        jobs[1].add_chunk("a")
+        jobs[1].unread()
+        endpoint.plane.note(jobs[1])
+        jobs[2].take("w")
+        endpoint.plane.note(jobs[2])
+    async with keeping(tmp_path / "db") as endpoint:
+        again = [endpoint.plane.jobs[job.id] for job in jobs]
+        assert [job.state for job in again] == [JobState.IN_QUEUE, JobState.FAILED, JobState.IN_QUEUE]
+        assert "some of its output had been delivered" in (again[1].error or "")
+        assert [job.id for job in endpoint.plane.queue] == [jobs[0].id, jobs[2].id]
+        assert json.loads(again[2].payload) == {"id": jobs[2].id, "input": 2}
+
+
+async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
+    async with keeping(tmp_path / "db", Scaling(most=1)) as endpoint:
+        submission = Submission(None, {}, Terms())
+        for _ in range(501):
+            endpoint.submit(submission, sync=False)
+        with pytest.raises(Refused, match="501 jobs wait; with 1 workers at most no more than 500 may") as refused:
+            endpoint.submit(submission, sync=False)
+        assert (refused.value.status, refused.value.retry_after) == (429, 10)
