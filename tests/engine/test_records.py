@@ -27,9 +27,8 @@ COLD_START = COMMON | {
 }  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
-    "queue_seconds",
-    "ttft_seconds", "itl_seconds", "duration_seconds", "finish_reason", "error", "gpu_seconds",
-    "prefill_gpu_seconds", "decode_gpu_seconds", "mean_batch", "usd", "price_per_second", "estimated", "fit",
+    "queue_seconds", "ttft_seconds", "itl_seconds", "duration_seconds", "finish_reason", "error", "gpu_seconds",
+    "prefill_gpu_seconds", "decode_gpu_seconds", "mean_batch", "joules", "usd", "price_per_second", "estimated", "fit",
 }  # fmt: skip
 
 
