@@ -50,6 +50,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     if [ -n "$MODEL" ]; then UV_LINK_MODE=copy scripts/setup.sh bake; fi
 COPY src src
 COPY builder builder
+COPY pyproject.toml ./
 ARG SNAPSHOT=
 ARG REVISION=main
 ARG SCHEME=fp8-dynamic

@@ -34,7 +34,7 @@ import aiohttp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
-from tokenpath import NATIVE, TOKENS, Worker  # noqa: E402
+from contenders import NATIVE, OPENAI, TOKENS, Worker  # noqa: E402
 from waterfall import waterfall  # noqa: E402
 
 from coldsnap import snapshot  # noqa: E402
@@ -127,7 +127,8 @@ async def ours(home: Path, log: Path, *, steady: bool, **more: str) -> Boot:
             if steady:
                 contender = Worker("coldsnap", plane, process.pid, NATIVE)
                 boot.tokens_per_second = {
-                    level: (await contender.run(level, max(16, 4 * level))).tokens_per_second for level in (32, *LEVELS)
+                    level: (await contender.run(None, level, max(16, 4 * level))).tokens_per_second
+                    for level in (32, *LEVELS)
                 }
             plane.release_polls()
         finally:
@@ -186,8 +187,8 @@ async def healthy(session: aiohttp.ClientSession, url: str, process: subprocess.
 async def stream(session: aiohttp.ClientSession, url: str, model: str) -> float:
     """Stream one completion; return the seconds to its first chunk."""
     begun, first = time.monotonic(), 0.0
-    body = {"model": model, "prompt": NATIVE["prompt"], "stream": True} | NATIVE["sampling_params"]  # type: ignore[operator]
-    async with session.post(f"{url}/v1/completions", json=body) as answer:
+    body = {"model": model} | OPENAI["openai_input"]  # type: ignore[operator]
+    async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
         async for _ in answer.content:
             first = first or time.monotonic() - begun
