@@ -141,6 +141,7 @@ class TestPush:
         push(folder, s3_place)
         fetch(s3_place, tmp_path / "target")
         verify(tmp_path / "target", load_manifest(folder))
+        assert load_manifest(tmp_path / "target") == load_manifest(folder)
 
     def test_a_damaged_snapshot_is_not_pushed(self, folder: Path, s3_place: Place) -> None:
         (folder / "config.json").write_bytes(b"[]")
@@ -222,6 +223,7 @@ class TestPull:
         (partial / "of-another-version").touch()
         fetch(s3_place, tmp_path / "target")
         verify(tmp_path / "target", load_manifest(folder))
+        assert not (tmp_path / "target" / "of-another-version").exists()
 
     def test_a_link_that_leads_out_of_the_folder_is_not_written_through(
         self, folder: Path, s3_place: Place, tmp_path: Path

@@ -61,12 +61,16 @@ def test_a_driver_older_than_the_environments_cuda_names_the_fix(proc: Path, mon
 
 def test_forward_compatibility_runs_on_any_driver(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_runtime", lambda: (13, 0))
-    fitness.check(weights=1, gpu=True, scratch=proc, any_driver=True, nvml=FakeNvml(cuda=12020), proc=proc)
+    nvml = FakeNvml(cuda=12020)
+    fitness.check(weights=1, gpu=True, scratch=proc, any_driver=True, nvml=nvml, proc=proc)
+    assert nvml.open == 0
 
 
 def test_a_newer_minor_version_of_the_same_cuda_runs(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_runtime", lambda: (12, 9))
-    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=FakeNvml(cuda=12020), proc=proc)
+    nvml = FakeNvml(cuda=12020)
+    fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=nvml, proc=proc)
+    assert nvml.open == 0
 
 
 def test_a_gpu_that_is_taken(proc: Path) -> None:
