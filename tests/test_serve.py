@@ -222,12 +222,12 @@ async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path,
         while (await first.get("health"))["jobs"]["inProgress"] < 2:
             await asyncio.sleep(0.05)
         first.process.send_signal(signal.SIGINT)
-        await first.says("2 running jobs have 10 s to end")
+        await first.says("2 jobs may run on for 10 s")
         code, answer = await first.call("POST", "run", {"input": {}})
         assert (code, answer) == (503, {"error": "this endpoint is about to stop"})
         assert (await first.ended(ends))["status"] == "COMPLETED"
         assert await first.end() == 0  # at the second Ctrl-C
-        assert "1 jobs wait in" in first.log
+        assert "for the next start: 1 job\n" in first.log
         assert first.processes() == []
     async with Serve(tmp_path, "--handler", handler, "--workers", "0") as second:
         assert (await second.get(f"status/{ends}"))["status"] == "COMPLETED"

@@ -81,8 +81,8 @@ class View:
         sys.stdout.flush()
         return chunk
 
-    def end(self, chunks: list[Chunk], cold_start: ColdStart, records: list[str]) -> None:
-        """Print what is known once the job has ended."""
+    def end(self, chunks: list[Chunk], cold_start: ColdStart, records: list[str], *, written: bool = True) -> None:
+        """Print what is known once the job has ended; `written` if the ledger took the records."""
         self._line("")
         last = chunks[-1]
         if isinstance(last, dict):
@@ -108,7 +108,7 @@ class View:
             pace = "" if itl is None else f", ITL {itl * 1000:.1f} ms"
             self._line(f"TTFT {ttft * 1000:.1f} ms{pace}, {request['duration_seconds']:.3f} s in all")
         self._line(f"{request['gpu_seconds']:.6f} GPU-seconds on {request['gpu_count']} x {request['gpu']}")
-        self._title(f"records, also appended to {self._booted.settings.ledger_dir / LEDGER}")
+        self._title(f"records, also appended to {self._booted.settings.ledger_dir / LEDGER}" if written else "records")
         for record in records:
             self._line(record)
 

@@ -203,7 +203,7 @@ def _run_local(booted: Booted, test_input: str) -> int:
         cold_start = life.ready()
         view.begin(job)
         chunks = [view.chunk(chunk) async for chunk in jobs.handle(job)]
-        view.end(chunks, cold_start, records)
+        view.end(chunks, cold_start, records, written=not sink.tally.unwritten)
         last = chunks[-1]
         return {"error": last["error"]} if isinstance(last, dict) and "error" in last else {"chunks": chunks}
 

@@ -39,15 +39,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=_integer(0), default=1, help="active workers, always there (default: 1)")
     parser.add_argument("--max-workers", type=_integer(1), help="most workers (default: --workers, at least 1)")
     parser.add_argument(
-        "--idle-timeout", type=_seconds, default=5.0, help="seconds after which an idle worker above --workers ends"
+        "--idle-timeout",
+        type=_seconds,
+        default=5.0,
+        help="seconds after which an idle worker above --workers ends (default: 5)",
     )
-    parser.add_argument("--scaler", choices=sorted(_SCALER_VALUES), default="queue-delay", help="when to add workers")
+    parser.add_argument(
+        "--scaler",
+        choices=sorted(_SCALER_VALUES),
+        default="queue-delay",
+        help="when to add workers (default: queue-delay)",
+    )
     parser.add_argument(
         "--scaler-value", type=_seconds, help="seconds in the queue, or requests for each worker (default: 4)"
     )
-    parser.add_argument("--handler", type=Path, default=ROOT / "handler.py", help="what a worker runs")
     parser.add_argument(
-        "--state", type=Path, default=ROOT / ".coldsnap" / "serve.db", help="file of the jobs; logs go beside it"
+        "--handler", type=Path, default=ROOT / "handler.py", help="what a worker runs (default: the clone's)"
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=ROOT / ".coldsnap" / "serve.db",
+        help="file of the jobs and the key; logs go beside it (default: .coldsnap/serve.db in the clone)",
     )
 
 
@@ -100,11 +113,11 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         await asyncio.wait({scaler})
         running = sum(len(worker.running) for worker in plane.workers.values())
         if running:
-            _say(f"{running} running jobs have {_DRAIN_SECONDS:g} s to end; Ctrl-C again stops them at once")
+            _say(f"{_jobs(running)} may run on for {_DRAIN_SECONDS:g} s; Ctrl-C again stops them at once")
         await fleet.stop(_DRAIN_SECONDS, hurry)
         scaler.result()
         if left := [job for job in plane.queue if job.terms.durable]:
-            _say(f"{len(left)} jobs wait in {options.state} for the next start")
+            _say(f"waiting in {options.state} for the next start: {_jobs(len(left))}")
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -121,14 +134,19 @@ def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> No
     base = f"http://{host}:{port}/v2"
     _say(f"endpoint {base}/{endpoint}, OpenAI {base}/{endpoint}/openai/v1, key {key}")
     if waiting:
-        _say(f"{waiting} jobs wait from before")
+        _say(f"waiting from before: {_jobs(waiting)}")
+
+
+def _jobs(count: int) -> str:
+    return f"{count} job{'s' * (count != 1)}"
 
 
 def _integer(least: int, most: int | None = None) -> type[int]:
     def parse(text: str) -> int:
         number = int(text)
         if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"{number} is not {'at least' if most is None else 'from'} {least}")
+            wanted = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {number}")
         return number
 
     parse.__name__ = "integer"
@@ -138,7 +156,7 @@ def _integer(least: int, most: int | None = None) -> type[int]:
 def _seconds(text: str) -> float:
     number = float(text)
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+        raise argparse.ArgumentTypeError(f"expected seconds, at least 0, found {text}")
     return number
 
 

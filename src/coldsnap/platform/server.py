@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Generator
 
@@ -39,5 +40,7 @@ async def served(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
             await asyncio.sleep(0.01)
         yield
     finally:
+        # What is cut off after that second would be logged as a failure of the application, traceback and all.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
         await serving

@@ -46,6 +46,7 @@ class Store:
         self._say = say
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # it holds the API key
             self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")

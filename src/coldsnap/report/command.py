@@ -84,7 +84,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         number = -1
     if not 0 <= number < float("inf"):
-        raise ReportError(f"--billed-seconds: expected the invoice's worker-seconds, a number, found {text!r}")
+        raise ReportError(f"--billed-seconds: expected the invoice's worker-seconds, 0 or more, found {text!r}")
     return number
 
 
