@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,8 @@ async def test_the_first_token_leaves_at_once_and_the_rest_at_most_every_20_ms(w
     assert 5 < len(chunks) < 500
     assert len(text(chunks)) == 1500
     *paced, _, _ = job.timestamps.chunks  # what is left at the end, and the last chunk, do not wait
-    pauses = [later - earlier for earlier, later in itertools.pairwise(paced)]
-    assert min(pauses) > 0.015  # a stream is due 20 ms after its last chunk left vLLM's queue
-    assert sum(pauses) / len(pauses) > 0.02
+    # A stream is due 20 ms after its last chunk left vLLM's queue; a POST that was late may be two chunks' time short.
+    assert len(paced) - 3 < (paced[-1] - paced[0]) / 0.02
 
 
 async def test_a_raw_prompt_is_continued_without_the_chat_template(plane: ControlPlane) -> None:
