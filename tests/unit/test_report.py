@@ -337,7 +337,7 @@ class TestCommand:
             (["--since", "9999999d"], "--since: 9999999d is further back than there are dates"),
             (
                 ["--billed-seconds", "12,5"],
-                "--billed-seconds: expected the invoice's worker-seconds, a number, found '12,5'",
+                "--billed-seconds: expected the invoice's worker-seconds, 0 or more, found '12,5'",
             ),
             (
                 ["--api-prices", "/nowhere.yaml"],
