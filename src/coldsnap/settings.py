@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
 
 from coldsnap.errors import SettingsError
 from coldsnap.s3 import Place
@@ -26,12 +35,8 @@ def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
-def _snapshot_place(value: Any) -> Any:
-    return Place.parse(value, "SNAPSHOT_S3_URI") if isinstance(value, str) else value
-
-
-def _ledger_place(value: Any) -> Any:
-    return Place.parse(value, "LEDGER_S3_URI") if isinstance(value, str) else value
+def _place(value: Any, info: ValidationInfo) -> Any:
+    return Place.parse(value, str(info.field_name).upper()) if isinstance(value, str) else value
 
 
 def _push_url(value: str | None) -> str | None:
@@ -58,7 +63,7 @@ class Settings(BaseModel):
         alias="MODEL_NAME",
         description="A snapshot folder, or the hub repository that the snapshot must have been baked from.",
     )
-    snapshot_s3_uri: Annotated[Place | None, BeforeValidator(_snapshot_place)] = Field(
+    snapshot_s3_uri: Annotated[Place | None, BeforeValidator(_place)] = Field(
         None,
         alias="SNAPSHOT_S3_URI",
         description="`s3://bucket/prefix` that a snapshot was pushed to; fetched unless volume or disk has it.",
@@ -113,7 +118,7 @@ class Settings(BaseModel):
         alias="COLDSNAP_LEDGER_DIR",
         description="Folder of ledger.jsonl, the cold-start and request records.",
     )
-    ledger_s3_uri: Annotated[Place | None, BeforeValidator(_ledger_place)] = Field(
+    ledger_s3_uri: Annotated[Place | None, BeforeValidator(_place)] = Field(
         None,
         alias="LEDGER_S3_URI",
         description="`s3://bucket/prefix` that workers on the platform send their records to; AWS_* as boto3 has it.",
