@@ -21,6 +21,7 @@ from aiohttp import web
 from serving import KEY, ROOT, Serve, until
 
 from coldsnap.errors import Refused
+from coldsnap.platform.boots import reason
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
 from coldsnap.platform.job import JobState, Terms
@@ -257,9 +258,64 @@ async def test_a_handler_that_does_not_start_is_said_and_not_started_again_at_on
     broken.write_text("raise SystemExit('no model here')")
     async with Serve(tmp_path, "--handler", str(broken)) as serve:
         await serve.says("worker-2 ended with exit code 1; the end of its log:\n    no model here")
-        await asyncio.sleep(0.5)
         assert len(serve.workers) == 2
         assert (await serve.get("health"))["workers"]["unhealthy"] == 1
+
+
+BOOTS_WHEN_MENDED = """
+import pathlib, sys, runpod
+
+if not pathlib.Path(__file__).with_name("mended").exists():
+    print("coldsnap: MAX_MODEL_LEN: 4 is too short", file=sys.stderr)
+    print("[a last word of something else]")
+    sys.exit(1)
+
+async def handler(job):
+    yield job["input"]
+
+runpod.serverless.start({"handler": handler, "return_aggregate_stream": True})
+"""
+
+
+async def test_while_no_worker_boots_who_waits_is_told_why_and_what_is_queued_runs_when_it_is_mended(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "handler.py"
+    path.write_text(BOOTS_WHEN_MENDED)
+    async with Serve(tmp_path, "--handler", str(path), "--workers", "0", "--max-workers", "2") as serve:
+        body = {"input": 1}
+        queued, openai, sync = await asyncio.gather(
+            serve.run(1), serve.call("POST", "openai/v1/chat/completions", body), serve.post("runsync", body)
+        )
+        why = "no worker starts: 3 boots in a row failed, the last with: MAX_MODEL_LEN: 4 is too short"
+        error = {"message": why, "type": "ServiceUnavailableError", "param": None, "code": 503}
+        assert openai == (503, {"error": error})
+        assert (sync["status"], sync["error"]) == ("FAILED", why)
+        log = serve.state.parent / "workers" / "worker-3.log"
+        assert f"coldsnap: {why} ({log}); the next in 4 s; waiting for one: 1 job\n" in serve.log
+        health = await serve.get("health")
+        assert (health["workers"]["unhealthy"], health["workers"]["initializing"], health["error"]) == (1, 0, why)
+        async with serve.http.post(f"{serve.url}/runsync", json=body) as response:
+            assert (response.status, await response.json()) == (503, {"error": why})
+            assert 1 <= int(response.headers["Retry-After"]) <= 4
+        assert (await serve.get(f"status/{queued}"))["status"] == "IN_QUEUE"
+        (tmp_path / "mended").touch()
+        assert (await serve.ended(queued))["output"] == [1]
+        health = await serve.get("health")
+        assert (health["workers"]["unhealthy"], health["workers"]["ready"], "error" in health) == (0, 1, False)
+
+
+async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    cases = {
+        b"coldsnap: a warning\ncoldsnap: WHY: because\nINFO more\n\n": "WHY: because",
+        b"Traceback (most recent call last):\n  File\nValueError: x\n": "ValueError: x",
+        b"\xff\n": "\ufffd",
+        b"\n \n": None,
+    }
+    for text, expected in cases.items():
+        log.write_bytes(text)
+        assert reason(log) == expected
 
 
 async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:

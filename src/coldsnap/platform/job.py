@@ -127,6 +127,8 @@ class Job:
         self.read = 0
         """How many of the chunks a client has been given: with one of them the job cannot start again unnoticed."""
         self.worker_id: str | None = None
+        self.held = False
+        """Whether a client waits for it on an open connection."""
         self.timestamps = Timestamps(submitted=time.monotonic())
         self._changed = Bell()
 
