@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ HANDLER = """
 import asyncio, os, runpod
 
 async def handler(job):
-    given = job["input"]
+    given = job["input"].get("openai_input", job["input"])
     for number in range(given.get("chunks", 1)):
         yield {"number": number, "attempt_of": os.environ["RUNPOD_POD_ID"], "s3": "s3Config" in job}
     await asyncio.sleep(given.get("seconds", 0))
@@ -234,6 +235,52 @@ async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path,
         assert (await second.get(f"status/{ends}"))["status"] == "COMPLETED"
         assert (await second.get(f"status/{outlasts}"))["status"] in {"IN_QUEUE", "IN_PROGRESS"}
         assert (await second.post(f"cancel/{outlasts}"))["status"] == "CANCELLED"
+
+
+async def test_who_waits_on_a_connection_at_a_forced_stop_is_told_so(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler) as serve:
+        await serve.says("worker-1 takes jobs")
+        streamed = await serve.run({"chunks": 1, "seconds": 60})
+        while not (await serve.get(f"stream/{streamed}"))["stream"]:
+            await asyncio.sleep(0.05)
+
+        async def stream() -> list[tuple[int, str]]:
+            seen = []
+            while serve.process.returncode is None:
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    code, answer = await serve.call("GET", f"stream/{streamed}")
+                    seen.append((code, answer["status"]))
+            return seen
+
+        running = [
+            asyncio.create_task(serve.call("POST", "runsync", {"input": {"seconds": 60}})),
+            asyncio.create_task(serve.call("POST", "openai/v1/chat/completions", {"seconds": 60})),
+        ]
+        streaming = asyncio.create_task(stream())
+        while (await serve.get("health"))["jobs"]["inProgress"] < 3:
+            await asyncio.sleep(0.05)
+        serve.process.send_signal(signal.SIGINT)
+        await serve.says("3 jobs may run on")
+        assert await serve.end() == 0
+        (code, answer), refused = [await task for task in running]
+        assert code == 503
+        assert re.fullmatch(
+            r"this endpoint is about to stop; job sync-\S+ is run after its next start", answer["error"]
+        )
+        error = {"message": "this endpoint is about to stop", "type": "ServiceUnavailableError"}
+        assert refused == (503, {"error": error | {"param": None, "code": 503}})
+        states = await streaming
+        assert {code for code, _ in states} == {200}
+        assert states[-1] == (200, "FAILED")
+        assert "Traceback" not in serve.log
+    async with Serve(tmp_path, "--handler", handler, "--workers", "0") as serve:
+        status = await serve.get(f"status/{streamed}")
+        assert status["status"] == "FAILED"
+        assert status["error"].startswith("worker-1 was stopped while it ran the job; some of its output")
+        sync = re.search(r"sync-\S+", answer["error"])
+        assert sync is not None
+        assert (await serve.get(f"status/{sync[0]}"))["status"] in {"IN_QUEUE", "IN_PROGRESS"}
+        await serve.post(f"cancel/{sync[0]}")
 
 
 async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: Path, handler: str) -> None:

@@ -100,6 +100,8 @@ class Api:
             await job.ended(wait)
         finally:
             job.held = False
+        if job.deferred:
+            raise Refused(503, f"this endpoint is about to stop; job {job.id} is run after its next start")
         return _json(status(job))
 
     async def _submit(self, request: Request, terms: Terms, *, sync: bool, retention: float | None = None) -> Job:

@@ -31,6 +31,7 @@ _QUEUE_PER_WORKER = 500
 _WEBHOOK_TRIES = 3
 _WEBHOOK_SECONDS = 10.0
 _VIOLATIONS_KEPT = 1000
+_STOPS = "this endpoint is about to stop"
 
 
 class Endpoint:
@@ -63,10 +64,19 @@ class Endpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
+    def stop(self) -> None:
+        """Take no more jobs, and answer who waits for one that waits itself. To be called again without workers."""
+        self.stopping = True
+        for job in list(self.plane.queue):
+            if job.terms.durable:
+                job.defer()
+            else:
+                self._turn_away(job, _STOPS)
+
     def submit(self, submission: Submission, *, sync: bool) -> Job:
         """Queue a job, or refuse it. With `sync` a client waits for it, as long as it is `held`."""
         if self.stopping:
-            raise Refused(503, "this endpoint is about to stop", retry_after=10)
+            raise Refused(503, _STOPS, retry_after=10)
         if sync and self.boots.trouble and self.boots.pause:
             raise Refused(503, self.boots.trouble, retry_after=math.ceil(self.boots.pause))
         waiting, most = len(self.plane.queue), _QUEUE_PER_WORKER * self.scaling.most
@@ -84,13 +94,13 @@ class Endpoint:
         """
         self.boots.fail(why)
         if self.boots.trouble is not None:
-            self._turn_away(self.boots.trouble)
+            for job in [job for job in self.plane.queue if job.held]:
+                self._turn_away(job, self.boots.trouble)
 
-    def _turn_away(self, why: str) -> None:
-        for job in [job for job in self.plane.queue if job.held]:
-            # An OpenAI client gets the status that such an error has.
-            error = why if job.terms.durable else orjson.dumps(Refused(503, why).body()).decode()
-            self.plane.stop(job, JobState.FAILED, error)
+    def _turn_away(self, job: Job, why: str) -> None:
+        # An OpenAI client gets the status that such an error has.
+        error = why if job.terms.durable else orjson.dumps(Refused(503, why).body()).decode()
+        self.plane.stop(job, JobState.FAILED, error)
 
     def find(self, job_id: str) -> Job:
         """Return a job whose result is still kept."""

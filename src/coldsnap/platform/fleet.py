@@ -173,7 +173,8 @@ class Fleet:
         await asyncio.sleep(_LAST_POSTS_SECONDS)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         del self.workers[worker.id]
-        self._plane.lose(worker.id, f"{worker.id} {how}", blame=not self._endpoint.stopping)
+        stopping = self._endpoint.stopping
+        self._plane.lose(worker.id, f"{worker.id} {'was stopped' if stopping else how}", blame=not stopping)
         if worker.stopping:
             return
         if worker.overdue:

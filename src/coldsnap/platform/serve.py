@@ -110,12 +110,13 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({scaler, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        endpoint.stopping = True
+        endpoint.stop()
         await asyncio.wait({scaler})
         running = sum(len(worker.running) for worker in plane.workers.values())
         if running:
             _say(f"{plural(running, 'job')} may run on for {_DRAIN_SECONDS:g} s; Ctrl-C again stops them at once")
         await fleet.stop(_DRAIN_SECONDS, hurry)
+        endpoint.stop()
         scaler.result()
         if left := [job for job in plane.queue if job.terms.durable]:
             _say(f"waiting in {options.state} for the next start: {plural(len(left), 'job')}")
