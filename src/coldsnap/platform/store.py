@@ -66,7 +66,7 @@ class Store:
         found, expected = _layout(self._db), _layout(_empty())
         if whole != "ok":
             raise ServeError(f"--state {self._path}: the file is damaged ({whole}); name another")
-        if found and "about" in found and version > _VERSION:
+        if version > _VERSION:
             raise ServeError(f"--state {self._path}: made by a newer coldsnap; name another file")
         if found and expected.items() - found.items():
             raise ServeError(f"--state {self._path}: the database of another program; name another file")
