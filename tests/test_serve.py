@@ -301,6 +301,22 @@ async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: 
         assert (await serve.get("health"))["workers"]["ready"] == 0
 
 
+async def test_by_queue_delay_workers_come_one_by_one_up_to_the_most_and_all_go(tmp_path: Path, handler: str) -> None:
+    scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5", "--scaler-value", "0.3"]
+    async with Serve(tmp_path, "--handler", handler, *scaling) as serve:
+        jobs = [await serve.run({"seconds": 0.5}) for _ in range(48)]  # a worker runs 8 at a time
+        ended = [await serve.ended(job) for job in jobs]
+        assert {status["status"] for status in ended} == {"COMPLETED"}
+        assert {status["workerId"] for status in ended} == {"worker-1", "worker-2"}
+        order = ["worker-1 starts", "worker-1 takes jobs", "worker-2 starts", "worker-2 takes jobs"]
+        assert sorted(order, key=serve.log.index) == order
+        await until(lambda: serve.log.count("was idle for 0.5 s and is stopped") == 2)
+        await until(lambda: serve.processes() == [])
+        assert len(serve.workers) == 2  # never more, whatever waited
+        again = await serve.run({})
+        assert (await serve.ended(again))["workerId"] == "worker-3"
+
+
 async def test_a_handler_that_does_not_start_is_said_and_not_started_again_at_once(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no model here')")
