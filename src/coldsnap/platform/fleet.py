@@ -149,18 +149,23 @@ class Fleet:
         self._started += 1
         worker_id = f"worker-{self._started}"
         log = self._logs / f"{worker_id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         environ = {**self._environ, **self._plane.environment(worker_id)}
-        with log.open("wb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                self._handler,
-                env=environ,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                preexec_fn=_lead_group_and_end_with_parent,
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("wb") as file:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    self._handler,
+                    env=environ,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    preexec_fn=_lead_group_and_end_with_parent,
+                )
+        except OSError as error:  # no room, no more processes: it may pass
+            self._endpoint.boot_failed(f"{worker_id} could not be started: {error}")
+            self._say(f"{self._boots.trouble or self._boots.why}; the next in {self._boots.pause:.0f} s")
+            return
         worker = self.workers[worker_id] = WorkerProcess(worker_id, process, log)
         self._say(f"{worker_id} starts: process {process.pid}, log {log}")
         watch = asyncio.create_task(self._watch(worker))
