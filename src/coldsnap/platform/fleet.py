@@ -49,6 +49,9 @@ class WorkerProcess:
     ready: float | None = None
     """`time.monotonic()` when it first asked for jobs."""
     stopping: bool = False
+    ended: float | None = None
+    how: str = ""
+    """In which way it ended."""
 
 
 class Fleet:
@@ -58,6 +61,8 @@ class Fleet:
         self, endpoint: Endpoint, handler: Path, environ: Mapping[str, str], logs: Path, say: Callable[[str], None]
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
+        self.past: list[WorkerProcess] = []
+        """Those that have ended, in that order."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
         self._handler = handler
@@ -161,7 +166,8 @@ class Fleet:
         _kill_group(worker.process.pid)  # the SDK's ping process outlives a worker that is killed
         await asyncio.sleep(_LAST_POSTS_SECONDS)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        del self.workers[worker.id]
+        worker.ended, worker.how = time.monotonic(), how
+        self.past.append(self.workers.pop(worker.id))
         self._plane.lose(worker.id, f"{worker.id} {how}", blame=not self._endpoint.stopping)
         if worker.stopping:
             return
