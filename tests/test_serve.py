@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from aiohttp import web
 from serving import KEY, ROOT, Serve, until
 
 from coldsnap.errors import Refused
+from coldsnap.platform.boots import reason
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
 from coldsnap.platform.job import JobState, Terms
@@ -34,7 +36,7 @@ HANDLER = """
 import asyncio, os, runpod
 
 async def handler(job):
-    given = job["input"]
+    given = job["input"].get("openai_input", job["input"])
     for number in range(given.get("chunks", 1)):
         yield {"number": number, "attempt_of": os.environ["RUNPOD_POD_ID"], "s3": "s3Config" in job}
     await asyncio.sleep(given.get("seconds", 0))
@@ -235,6 +237,52 @@ async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path,
         assert (await second.post(f"cancel/{outlasts}"))["status"] == "CANCELLED"
 
 
+async def test_who_waits_on_a_connection_at_a_forced_stop_is_told_so(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler) as serve:
+        await serve.says("worker-1 takes jobs")
+        streamed = await serve.run({"chunks": 1, "seconds": 60})
+        while not (await serve.get(f"stream/{streamed}"))["stream"]:
+            await asyncio.sleep(0.05)
+
+        async def stream() -> list[tuple[int, str]]:
+            seen = []
+            while serve.process.returncode is None:
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    code, answer = await serve.call("GET", f"stream/{streamed}")
+                    seen.append((code, answer["status"]))
+            return seen
+
+        running = [
+            asyncio.create_task(serve.call("POST", "runsync", {"input": {"seconds": 60}})),
+            asyncio.create_task(serve.call("POST", "openai/v1/chat/completions", {"seconds": 60})),
+        ]
+        streaming = asyncio.create_task(stream())
+        while (await serve.get("health"))["jobs"]["inProgress"] < 3:
+            await asyncio.sleep(0.05)
+        serve.process.send_signal(signal.SIGINT)
+        await serve.says("3 jobs may run on")
+        assert await serve.end() == 0
+        (code, answer), refused = [await task for task in running]
+        assert code == 503
+        assert re.fullmatch(
+            r"this endpoint is about to stop; job sync-\S+ is run after its next start", answer["error"]
+        )
+        error = {"message": "this endpoint is about to stop", "type": "ServiceUnavailableError"}
+        assert refused == (503, {"error": error | {"param": None, "code": 503}})
+        states = await streaming
+        assert {code for code, _ in states} == {200}
+        assert states[-1] == (200, "FAILED")
+        assert "Traceback" not in serve.log
+    async with Serve(tmp_path, "--handler", handler, "--workers", "0") as serve:
+        status = await serve.get(f"status/{streamed}")
+        assert status["status"] == "FAILED"
+        assert status["error"].startswith("worker-1 was stopped while it ran the job; some of its output")
+        sync = re.search(r"sync-\S+", answer["error"])
+        assert sync is not None
+        assert (await serve.get(f"status/{sync[0]}"))["status"] in {"IN_QUEUE", "IN_PROGRESS"}
+        await serve.post(f"cancel/{sync[0]}")
+
+
 async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: Path, handler: str) -> None:
     scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5"]
     rule = ["--scaler", "request-count", "--scaler-value", "1"]
@@ -257,9 +305,64 @@ async def test_a_handler_that_does_not_start_is_said_and_not_started_again_at_on
     broken.write_text("raise SystemExit('no model here')")
     async with Serve(tmp_path, "--handler", str(broken)) as serve:
         await serve.says("worker-2 ended with exit code 1; the end of its log:\n    no model here")
-        await asyncio.sleep(0.5)
         assert len(serve.workers) == 2
         assert (await serve.get("health"))["workers"]["unhealthy"] == 1
+
+
+BOOTS_WHEN_MENDED = """
+import pathlib, sys, runpod
+
+if not pathlib.Path(__file__).with_name("mended").exists():
+    print("coldsnap: MAX_MODEL_LEN: 4 is too short", file=sys.stderr)
+    print("[a last word of something else]")
+    sys.exit(1)
+
+async def handler(job):
+    yield job["input"]
+
+runpod.serverless.start({"handler": handler, "return_aggregate_stream": True})
+"""
+
+
+async def test_while_no_worker_boots_who_waits_is_told_why_and_what_is_queued_runs_when_it_is_mended(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "handler.py"
+    path.write_text(BOOTS_WHEN_MENDED)
+    async with Serve(tmp_path, "--handler", str(path), "--workers", "0", "--max-workers", "2") as serve:
+        body = {"input": 1}
+        queued, openai, sync = await asyncio.gather(
+            serve.run(1), serve.call("POST", "openai/v1/chat/completions", body), serve.post("runsync", body)
+        )
+        why = "no worker starts: 3 boots in a row failed, the last with: MAX_MODEL_LEN: 4 is too short"
+        error = {"message": why, "type": "ServiceUnavailableError", "param": None, "code": 503}
+        assert openai == (503, {"error": error})
+        assert (sync["status"], sync["error"]) == ("FAILED", why)
+        log = serve.state.parent / "workers" / "worker-3.log"
+        assert f"coldsnap: {why} ({log}); the next in 4 s; waiting for one: 1 job\n" in serve.log
+        health = await serve.get("health")
+        assert (health["workers"]["unhealthy"], health["workers"]["initializing"], health["error"]) == (1, 0, why)
+        async with serve.http.post(f"{serve.url}/runsync", json=body) as response:
+            assert (response.status, await response.json()) == (503, {"error": why})
+            assert 1 <= int(response.headers["Retry-After"]) <= 4
+        assert (await serve.get(f"status/{queued}"))["status"] == "IN_QUEUE"
+        (tmp_path / "mended").touch()
+        assert (await serve.ended(queued))["output"] == [1]
+        health = await serve.get("health")
+        assert (health["workers"]["unhealthy"], health["workers"]["ready"], "error" in health) == (0, 1, False)
+
+
+async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    cases = {
+        b"coldsnap: a warning\ncoldsnap: WHY: because\nINFO more\n\n": "WHY: because",
+        b"Traceback (most recent call last):\n  File\nValueError: x\n": "ValueError: x",
+        b"\xff\n": "\ufffd",
+        b"\n \n": None,
+    }
+    for text, expected in cases.items():
+        log.write_bytes(text)
+        assert reason(log) == expected
 
 
 async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:

@@ -96,7 +96,12 @@ class Api:
         wait = _WAIT_SECONDS if given is None else milliseconds(given, "wait", *_WAIT)
         kept = max(RUNSYNC.retention, 0.0 if given is None else wait)
         job = await self._submit(request, RUNSYNC, sync=True, retention=kept)
-        await job.ended(wait)
+        try:
+            await job.ended(wait)
+        finally:
+            job.held = False
+        if job.deferred:
+            raise Refused(503, f"this endpoint is about to stop; job {job.id} is run after its next start")
         return _json(status(job))
 
     async def _submit(self, request: Request, terms: Terms, *, sync: bool, retention: float | None = None) -> Job:
@@ -140,7 +145,9 @@ class Api:
             "inQueue": len(self._plane.queue),
             "retried": counts["retried"],
         }
-        return _json({"jobs": jobs, "workers": self._fleet.count()})
+        trouble = self._endpoint.boots.trouble
+        answer = {"jobs": jobs, "workers": self._fleet.count()}
+        return _json(answer if trouble is None else {**answer, "error": trouble})
 
     async def _openai(self, request: Request) -> Response:
         body = parse(await _body(request, RUNSYNC.limit)) if request.method == "POST" else {}

@@ -21,6 +21,7 @@ from coldsnap.platform.scaler import Scaling
 from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
 from coldsnap.platform.throttle import Throttle
+from coldsnap.plural import plural
 from coldsnap.settings import ROOT
 
 _SCALER_VALUES = {"queue-delay": 4.0, "request-count": 4.0}
@@ -109,15 +110,16 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({scaler, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        endpoint.stopping = True
+        endpoint.stop()
         await asyncio.wait({scaler})
         running = sum(len(worker.running) for worker in plane.workers.values())
         if running:
-            _say(f"{_jobs(running)} may run on for {_DRAIN_SECONDS:g} s; Ctrl-C again stops them at once")
+            _say(f"{plural(running, 'job')} may run on for {_DRAIN_SECONDS:g} s; Ctrl-C again stops them at once")
         await fleet.stop(_DRAIN_SECONDS, hurry)
+        endpoint.stop()
         scaler.result()
         if left := [job for job in plane.queue if job.terms.durable]:
-            _say(f"waiting in {options.state} for the next start: {_jobs(len(left))}")
+            _say(f"waiting in {options.state} for the next start: {plural(len(left), 'job')}")
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -134,11 +136,7 @@ def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> No
     base = f"http://{host}:{port}/v2"
     _say(f"endpoint {base}/{endpoint}, OpenAI {base}/{endpoint}/openai/v1, key {key}")
     if waiting:
-        _say(f"waiting from before: {_jobs(waiting)}")
-
-
-def _jobs(count: int) -> str:
-    return f"{count} job{'s' * (count != 1)}"
+        _say(f"waiting from before: {plural(waiting, 'job')}")
 
 
 def _integer(least: int, most: int | None = None) -> type[int]:
