@@ -42,8 +42,6 @@ class Account:
     def __init__(self) -> None:
         self.cold_start: ColdStart | None = None
         self.totals: Worker | None = None
-        self.price: float | None = None
-        """US dollars for a second of one GPU, once a record has named it."""
         self._busy = 0.0
         """GPU-seconds of all requests that have ended."""
         self._last_end = 0.0
@@ -54,10 +52,10 @@ class Account:
             if record.boot == "fresh":
                 self.cold_start = record
         elif isinstance(record, Worker):
-            self.totals, self.price = record, record.price_per_second
+            self.totals = record
         else:
             self._busy += record.gpu_seconds
-            self._last_end, self.price = record.monotonic, record.price_per_second
+            self._last_end = record.monotonic
 
     @property
     def gpus(self) -> int:
