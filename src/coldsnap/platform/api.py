@@ -47,8 +47,8 @@ class Api:
         self._throttle = throttle
         self._gateway = gateway.Gateway(self._submit_openai, self._plane.cancel, _OPENAI_SECONDS)
 
-    def application(self) -> Starlette:
-        """Return the ASGI application."""
+    def application(self, *more: Route) -> Starlette:
+        """Return the ASGI application, with routes beside the API's."""
         routes = [
             self._route("run", self._run, "POST"),
             self._route("runsync", self._runsync, "POST"),
@@ -60,7 +60,7 @@ class Api:
             self._route("health", self._health, "GET"),
             self._route("openai", self._openai, "GET", "POST", path="/v1/{route:path}"),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+        return Starlette(routes=[*routes, *more], exception_handlers={HTTPException: _no_route})
 
     def _route(self, name: str, operation: Operation, *methods: str, path: str = "") -> Route:
         async def answer(request: Request) -> Response:
@@ -75,13 +75,17 @@ class Api:
 
         return Route(f"/v2/{{endpoint}}/{name}{path}", answer, methods=list(methods))
 
-    def _admit(self, request: Request) -> None:
+    def authorize(self, request: Request) -> None:
+        """Refuse a request without the key."""
         given = request.headers.get("Authorization", "")
         scheme, _, token = given.partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else given  # the platform takes a bare key too
         if not hmac.compare_digest(key.encode(), self._key):
             problem = "is not the key of this endpoint" if given else "is missing"
             raise Refused(401, f"the Authorization header {problem}; send `Authorization: Bearer <key>`")
+
+    def _admit(self, request: Request) -> None:
+        self.authorize(request)
         if (name := request.path_params["endpoint"]) != self._plane.endpoint_id:
             raise Refused(404, f"there is no endpoint {name!r:.100} here, only {self._plane.endpoint_id!r}")
 

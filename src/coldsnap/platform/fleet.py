@@ -51,6 +51,9 @@ class WorkerProcess:
     stopping: bool = False
     overdue: bool = False
     """It was killed because it took no jobs in time."""
+    ended: float | None = None
+    how: str = ""
+    """In which way it ended."""
 
 
 class Fleet:
@@ -60,6 +63,8 @@ class Fleet:
         self, endpoint: Endpoint, handler: Path, environ: Mapping[str, str], logs: Path, say: Callable[[str], None]
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
+        self.past: list[WorkerProcess] = []
+        """Those that have ended, in that order."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
         self._boots: Boots = endpoint.boots
@@ -177,7 +182,8 @@ class Fleet:
         _kill_group(worker.process.pid)  # the SDK's ping process outlives a worker that is killed
         await asyncio.sleep(_LAST_POSTS_SECONDS)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        del self.workers[worker.id]
+        worker.ended, worker.how = time.monotonic(), how
+        self.past.append(self.workers.pop(worker.id))
         stopping = self._endpoint.stopping
         self._plane.lose(worker.id, f"{worker.id} {'was stopped' if stopping else how}", blame=not stopping)
         if worker.stopping:

@@ -17,18 +17,22 @@ from coldsnap.platform.api import Api
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.fleet import Fleet
+from coldsnap.platform.page import Page, link
 from coldsnap.platform.scaler import Scaling
 from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
 from coldsnap.platform.throttle import Throttle
+from coldsnap.platform.view import View
 from coldsnap.plural import plural
-from coldsnap.settings import ROOT
+from coldsnap.settings import ROOT, Settings
 
 _SCALER_VALUES = {"queue-delay": 4.0, "request-count": 4.0}
 """The platform's defaults: seconds in the queue, requests for each worker."""
 _DRAIN_SECONDS = 10.0
 """For running jobs after the first Ctrl-C. Those that do not end run again after the next start."""
 _POLL_SECONDS = 20.0
+_PRICE = "GPU_PRICE_PER_SECOND"
+"""The one setting of the workers that the page needs too, before they have said what they cost."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
     """Start from the inside: state, worker protocol, clock, workers, API; end in reverse."""
+    price = Settings.read({_PRICE: os.environ.get(_PRICE, "")}).gpu_price_per_second
     listener = _listener(options.host, options.port)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -106,8 +111,10 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         endpoint = await stack.enter_async_context(Endpoint(plane, store, scaling, _say))
         logs = options.state.parent / "workers"
         fleet = Fleet(endpoint, options.handler.absolute(), os.environ, logs, _say)
-        api = Api(endpoint, fleet, key, Throttle()).application()
-        await stack.enter_async_context(served(api, listener))
+        api = Api(endpoint, fleet, key, Throttle())
+        page = Page(View(endpoint, fleet, price), api.authorize)
+        await stack.enter_async_context(served(api.application(*page.routes()), listener))
+        stack.callback(page.close)
         _greet(listener, options.endpoint, key, len(plane.queue))
         scaler = asyncio.create_task(fleet.run())
         stopping = asyncio.create_task(stop.wait())
@@ -136,6 +143,7 @@ def _listener(host: str, port: int) -> socket.socket:
 
 def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> None:
     host, port = listener.getsockname()[:2]
+    _say(f"page {link(host, port, key)}")
     base = f"http://{host}:{port}/v2"
     _say(f"endpoint {base}/{endpoint}, OpenAI {base}/{endpoint}/openai/v1, key {key}")
     if waiting:
