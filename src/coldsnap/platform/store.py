@@ -39,7 +39,7 @@ UPDATE job SET state = :state, attempts = :attempts, worker = :worker, submitted
 
 
 class Store:
-    """One file, for one process at a time. It is the control plane's `Journal`."""
+    """One file, for one process at a time. It is the board's `Journal`."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path = path
@@ -79,14 +79,14 @@ class Store:
         return [_job(row) for row in self._db.execute("SELECT * FROM job ORDER BY number")]
 
     def add(self, job: Job) -> None:
-        """See `control_plane.Journal`."""
+        """See `board.Journal`."""
         try:
             self._db.execute(_ADD, _row(job))
         except sqlite3.Error as error:
             raise Refused(500, f"the job could not be written to {self._path}: {error}") from error
 
     def note(self, job: Job) -> None:
-        """See `control_plane.Journal`. What cannot be written is said; after a restart that job may run again."""
+        """See `board.Journal`. What cannot be written is said; after a restart that job may run again."""
         try:
             self._db.execute(_NOTE, _row(job))
         except sqlite3.Error as error:
