@@ -47,8 +47,8 @@ class Api:
         self._throttle = throttle
         self._gateway = gateway.Gateway(self._submit_openai, self._plane.cancel, _OPENAI_SECONDS)
 
-    def application(self) -> Starlette:
-        """Return the ASGI application."""
+    def application(self, *more: Route) -> Starlette:
+        """Return the ASGI application, with `more` routes beside the endpoint's."""
         routes = [
             self._route("run", self._run, "POST"),
             self._route("runsync", self._runsync, "POST"),
@@ -59,6 +59,7 @@ class Api:
             self._route("purge-queue", self._purge, "POST"),
             self._route("health", self._health, "GET"),
             self._route("openai", self._openai, "GET", "POST", path="/v1/{route:path}"),
+            *more,
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 

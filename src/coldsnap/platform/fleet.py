@@ -24,6 +24,7 @@ from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.scaler import wanted
 
 State = Literal["initializing", "idle", "running", "throttled", "unhealthy"]
+Turn = Literal["started", "ready", "ended"]
 STATES: tuple[State, ...] = ("initializing", "idle", "running", "throttled", "unhealthy")
 
 _LOOK_SECONDS = 0.1
@@ -58,6 +59,8 @@ class Fleet:
         self, endpoint: Endpoint, handler: Path, environ: Mapping[str, str], logs: Path, say: Callable[[str], None]
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
+        self.on_turn: Callable[[WorkerProcess, Turn], None] = lambda _worker, _turn: None
+        """Called at each turn of a worker's life."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
         self._handler = handler
@@ -109,6 +112,7 @@ class Fleet:
             if worker.ready is None and seen and seen.first_poll is not None:
                 worker.ready = seen.first_poll
                 self._failed_boots = 0
+                self.on_turn(worker, "ready")
                 self._say(f"{worker.id} takes jobs, {worker.ready - worker.begun:.1f} s after its start")
             elif worker.ready is None and now - worker.begun > _BOOT_SECONDS:
                 self._say(f"{worker.id} took no job within {_BOOT_SECONDS:g} s and is killed")
@@ -151,6 +155,7 @@ class Fleet:
                 preexec_fn=_lead_group_and_end_with_parent,
             )
         worker = self.workers[worker_id] = WorkerProcess(worker_id, process, log)
+        self.on_turn(worker, "started")
         self._say(f"{worker_id} starts: process {process.pid}, log {log}")
         watch = asyncio.create_task(self._watch(worker))
         self._watches.add(watch)
@@ -162,6 +167,7 @@ class Fleet:
         await asyncio.sleep(_LAST_POSTS_SECONDS)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         del self.workers[worker.id]
+        self.on_turn(worker, "ended")
         self._plane.lose(worker.id, f"{worker.id} {how}", blame=not self._endpoint.stopping)
         if worker.stopping:
             return
