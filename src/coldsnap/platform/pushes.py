@@ -110,9 +110,9 @@ class Pushes:
                     return Response(400)
             case _:
                 return Response(404)
-        if not self._is_worker(labels.get("instance", "")):
+        if (worker_id := labels.get("instance")) is None or not self._is_worker(worker_id):
             return Response(404)
-        self._groups[labels["instance"]] = Group(labels, request.body)
+        self._groups[worker_id] = Group(labels, request.body)
         return Response()
 
 
