@@ -81,7 +81,8 @@ class _Worker:
         self._life = Life(booted, self._sink)
         self._jobs = Jobs(booted.engine, booted.settings, self._sink, self._die)
         self._egress: Egress | None = None
-        self._sink.watchers.append(Metrics(posts=lambda: self._egress.posts if self._egress else 0).see)
+        self._metrics = Metrics(posts=lambda: self._egress.posts if self._egress else 0)
+        self._sink.watchers.append(self._metrics.see)
         self._senders = _senders(booted.settings, self._sink, self._jobs)
         self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
@@ -154,6 +155,8 @@ class _Worker:
             except ColdsnapError as error:
                 self._die(error)
             self._life.tick()
+            if self._booted.settings.metrics_push_url and (totals := self._life.totals()):
+                self._metrics.see(totals)  # the record comes every 10 s, every 60 in an idle worker
 
     def draining(self) -> None:
         """See `dispatch.Worker`."""

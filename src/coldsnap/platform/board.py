@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -62,6 +62,8 @@ class Board:
         self.workers: dict[str, Worker] = {}
         self.counts: Counter[str] = Counter()
         """Jobs that reached each end, by its name, and those that were `retried`."""
+        self.on_end: Callable[[Job], None] = lambda _: None
+        """Called with every job that has ended."""
         self.lost: set[str] = set()
         """Workers whose process has ended."""
         self._journal = journal
@@ -194,6 +196,7 @@ class Board:
         self._count(state)
         job.end(state, output=output, error=error)
         self.note(job)
+        self.on_end(job)
 
     def _again(self, job: Job, why: str, *, blame: bool) -> None:
         if job.read:

@@ -26,6 +26,7 @@ from coldsnap.platform.scaler import wanted
 from coldsnap.plural import plural
 
 State = Literal["initializing", "idle", "running", "throttled", "unhealthy"]
+Turn = Literal["started", "ready", "ended"]
 STATES: tuple[State, ...] = ("initializing", "idle", "running", "throttled", "unhealthy")
 
 _LOOK_SECONDS = 0.1
@@ -65,6 +66,8 @@ class Fleet:
         self.workers: dict[str, WorkerProcess] = {}
         self.past: list[WorkerProcess] = []
         """Those that have ended, in that order."""
+        self.on_turn: Callable[[WorkerProcess, Turn], None] = lambda _worker, _turn: None
+        """Called at each turn of a worker's life."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
         self._boots: Boots = endpoint.boots
@@ -122,6 +125,7 @@ class Fleet:
             if worker.ready is None and seen and seen.first_poll is not None:
                 worker.ready = seen.first_poll
                 self._boots.succeed()
+                self.on_turn(worker, "ready")
                 self._say(f"{worker.id} takes jobs, {worker.ready - worker.begun:.1f} s after its start")
             elif worker.ready is None and now - worker.begun > _BOOT_SECONDS:
                 worker.overdue = True
@@ -172,6 +176,7 @@ class Fleet:
             self._say(f"{self._boots.trouble or self._boots.why}; the next in {self._boots.pause:.0f} s")
             return
         worker = self.workers[worker_id] = WorkerProcess(worker_id, process, log)
+        self.on_turn(worker, "started")
         self._say(f"{worker_id} starts: process {process.pid}, log {log}")
         watch = asyncio.create_task(self._watch(worker))
         self._watches.add(watch)
@@ -184,6 +189,7 @@ class Fleet:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         worker.ended, worker.how = time.monotonic(), how
         self.past.append(self.workers.pop(worker.id))
+        self.on_turn(worker, "ended")
         stopping = self._endpoint.stopping
         self._plane.lose(worker.id, f"{worker.id} {'was stopped' if stopping else how}", blame=not stopping)
         if worker.stopping:

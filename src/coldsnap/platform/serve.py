@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import os
 import secrets
 import signal
@@ -12,13 +13,17 @@ import socket
 import sys
 from pathlib import Path
 
+from starlette.routing import Route
+
 from coldsnap.errors import ServeError
 from coldsnap.platform.api import Api
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.fleet import Fleet
 from coldsnap.platform.page import Page, link
+from coldsnap.platform.pushes import Pushes
 from coldsnap.platform.scaler import Scaling
+from coldsnap.platform.scrape import Scrape
 from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
 from coldsnap.platform.throttle import Throttle
@@ -110,10 +115,13 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         await stack.enter_async_context(plane)
         endpoint = await stack.enter_async_context(Endpoint(plane, store, scaling, _say))
         logs = options.state.parent / "workers"
-        fleet = Fleet(endpoint, options.handler.absolute(), os.environ, logs, _say)
+        pushes = await stack.enter_async_context(Pushes(lambda worker_id: worker_id in fleet.workers, _say))
+        fleet = Fleet(endpoint, options.handler.absolute(), pushes.environment(os.environ), logs, _say)
         api = Api(endpoint, fleet, key, Throttle())
+        metrics = Scrape(endpoint, fleet, pushes, None if _private(listener) else key)
         page = Page(View(endpoint, fleet, price), api.authorize)
-        await stack.enter_async_context(served(api.application(*page.routes()), listener))
+        app = api.application(Route("/metrics", metrics.answer), *page.routes())
+        await stack.enter_async_context(served(app, listener))
         stack.callback(page.close)
         _greet(listener, options.endpoint, key, len(plane.queue))
         scaler = asyncio.create_task(fleet.run())
@@ -139,6 +147,11 @@ def _listener(host: str, port: int) -> socket.socket:
         known = error.errno is not None and error.errno > 0  # a name that is not found has a number below
         why = os.strerror(error.errno or 0) if known else str(error.strerror).partition(" (")[0]
         raise ServeError(f"--host {host} --port {port}: {why}") from error
+
+
+def _private(listener: socket.socket) -> bool:
+    """Whether only this machine reaches the endpoint: its metrics then need no key, as Prometheus expects."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> None:
