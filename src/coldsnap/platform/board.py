@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -28,6 +28,9 @@ class Journal(Protocol):
 
     def note(self, job: Job) -> None:
         """Write down what has become of a job."""
+
+    def count(self, name: str, number: int) -> None:
+        """Write down one of `Board.counts`."""
 
 
 @dataclass(slots=True)
@@ -83,8 +86,9 @@ class Board:
         self._queued.ring()
         return job
 
-    def adopt(self, jobs: Iterable[Job]) -> None:
+    def adopt(self, jobs: Iterable[Job], counts: Mapping[str, int]) -> None:
         """Take over jobs of an earlier life, in their order; those that were running wait again."""
+        self.counts.update(counts)
         for job in jobs:
             self.jobs[job.id] = job
             self._submitted = max(self._submitted, job.number + 1)
@@ -124,7 +128,7 @@ class Board:
         job.restart()
         job.attempts = 0
         job.timestamps.submitted = time.monotonic()
-        self.counts["retried"] += 1
+        self._count("retried")
         self._queue.append(job)
         self.note(job)
         self._queued.ring()
@@ -189,7 +193,7 @@ class Board:
         if worker:
             worker.running.discard(job.id)
             worker.idle_since = None if worker.running else time.monotonic()
-        self.counts[state] += 1
+        self._count(state)
         job.end(state, output=output, error=error)
         self.note(job)
         self.on_end(job)
@@ -203,6 +207,12 @@ class Board:
         else:
             job.restart()
             job.attempts -= not blame
-            self.counts["retried"] += blame
+            if blame:
+                self._count("retried")
             self._queue.appendleft(job)
             self.note(job)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] += 1
+        if self._journal:
+            self._journal.count(name, self.counts[name])

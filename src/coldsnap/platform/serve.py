@@ -20,19 +20,24 @@ from coldsnap.platform.api import Api
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.fleet import Fleet
+from coldsnap.platform.page import Page, link
 from coldsnap.platform.pushes import Pushes
 from coldsnap.platform.scaler import Scaling
 from coldsnap.platform.scrape import Scrape
 from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
 from coldsnap.platform.throttle import Throttle
-from coldsnap.settings import ROOT
+from coldsnap.platform.view import View
+from coldsnap.plural import plural
+from coldsnap.settings import ROOT, Settings
 
 _SCALER_VALUES = {"queue-delay": 4.0, "request-count": 4.0}
 """The platform's defaults: seconds in the queue, requests for each worker."""
 _DRAIN_SECONDS = 10.0
 """For running jobs after the first Ctrl-C. Those that do not end run again after the next start."""
 _POLL_SECONDS = 20.0
+_PRICE = "GPU_PRICE_PER_SECOND"
+"""The one setting of the workers that the page needs too, before they have said what they cost."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
     """Start from the inside: state, worker protocol, clock, workers, API; end in reverse."""
+    price = Settings.read({_PRICE: os.environ.get(_PRICE, "")}).gpu_price_per_second
     listener = _listener(options.host, options.port)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -108,23 +114,27 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         logs = options.state.parent / "workers"
         pushes = await stack.enter_async_context(Pushes(lambda worker_id: worker_id in fleet.workers, _say))
         fleet = Fleet(endpoint, options.handler.absolute(), pushes.environment(os.environ), logs, _say)
-        metrics = Scrape(endpoint, fleet, pushes, None if _private(listener) else key)
-        api = Api(endpoint, fleet, key, Throttle()).application(Route("/metrics", metrics.answer))
-        await stack.enter_async_context(served(api, listener))
+        api = Api(endpoint, fleet, key, Throttle())
+        metrics = Scrape(endpoint, fleet, pushes, None if _private(listener) else api.authorize)
+        page = Page(View(endpoint, fleet, price), api.authorize)
+        routes = [*page.routes(), Route("/metrics", metrics.answer)]
+        await stack.enter_async_context(served(api.application(*routes), listener))
+        stack.callback(page.close)
         _greet(listener, options.endpoint, key, len(plane.queue))
         scaler = asyncio.create_task(fleet.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({scaler, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        endpoint.stopping = True
+        endpoint.stop()
         await asyncio.wait({scaler})
         running = sum(len(worker.running) for worker in plane.workers.values())
         if running:
-            _say(f"{_jobs(running)} may run on for {_DRAIN_SECONDS:g} s; Ctrl-C again stops them at once")
+            _say(f"{plural(running, 'job')} may run on for {_DRAIN_SECONDS:g} s; Ctrl-C again stops them at once")
         await fleet.stop(_DRAIN_SECONDS, hurry)
+        endpoint.stop()
         scaler.result()
         if left := [job for job in plane.queue if job.terms.durable]:
-            _say(f"waiting in {options.state} for the next start: {_jobs(len(left))}")
+            _say(f"waiting in {options.state} for the next start: {plural(len(left), 'job')}")
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -143,14 +153,11 @@ def _private(listener: socket.socket) -> bool:
 
 def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> None:
     host, port = listener.getsockname()[:2]
+    _say(f"page {link(host, port, key)}")
     base = f"http://{host}:{port}/v2"
     _say(f"endpoint {base}/{endpoint}, OpenAI {base}/{endpoint}/openai/v1, key {key}")
     if waiting:
-        _say(f"waiting from before: {_jobs(waiting)}")
-
-
-def _jobs(count: int) -> str:
-    return f"{count} job{'s' * (count != 1)}"
+        _say(f"waiting from before: {plural(waiting, 'job')}")
 
 
 def _integer(least: int, most: int | None = None) -> type[int]:
