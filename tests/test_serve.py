@@ -26,6 +26,7 @@ from coldsnap.errors import Refused, ServeError
 from coldsnap.platform.boots import reason
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
+from coldsnap.platform.gateway import _Events
 from coldsnap.platform.job import Job, JobState, Terms
 from coldsnap.platform.scaler import Scaling
 from coldsnap.platform.store import Store
@@ -33,12 +34,16 @@ from coldsnap.platform.submission import Submission
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-HANDLER = """
+HANDLER = r"""
 import asyncio, os, runpod
 
 async def handler(job):
     given = job["input"].get("openai_input", job["input"])
     for number in range(given.get("chunks", 1)):
+        if given.get("stream"):
+            yield f"data: {number}\n\n"
+            await asyncio.sleep(given["pause"])
+            continue
         yield {"number": number, "attempt_of": os.environ["RUNPOD_POD_ID"], "s3": "s3Config" in job}
     await asyncio.sleep(given.get("seconds", 0))
     if given.get("die"):
@@ -284,6 +289,64 @@ async def test_who_waits_on_a_connection_at_a_forced_stop_is_told_so(tmp_path: P
         await serve.post(f"cancel/{sync[0]}")
 
 
+async def streamed(serve: Serve, body: dict[str, Any], leave_after: int = 0) -> list[str]:
+    """Return the events of an OpenAI stream, the first ones if the client leaves."""
+    events: list[str] = []
+    async with serve.http.post(f"{serve.url}/openai/v1/chat/completions", json=body | {"stream": True}) as response:
+        assert response.status == 200
+        async for line in response.content:
+            events += [line.decode().strip()] if line.strip() else []
+            if len(events) == leave_after:
+                break
+    return events
+
+
+async def test_two_hundred_openai_streams_at_once_come_whole_or_end_with_why(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler, "--max-workers", "2") as serve:
+        await serve.says("worker-1 takes jobs")
+        await serve.http.close()
+        connector = aiohttp.TCPConnector(limit=0)
+        serve.http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}, connector=connector)
+        body = {"chunks": 5, "pause": 0.01}
+        streams = await asyncio.gather(*[streamed(serve, body) for _ in range(200)])
+        assert streams == [[f"data: {number}" for number in range(5)]] * 200
+
+        forever = {"chunks": 10_000, "pause": 0.05}
+        assert await streamed(serve, forever, leave_after=2) == ["data: 0", "data: 1"]
+        while (await serve.get("health"))["jobs"]["inProgress"]:
+            await asyncio.sleep(0.05)  # the job ends with its client
+
+        streams = [asyncio.create_task(streamed(serve, forever)) for _ in range(4)]
+        while (await serve.get("health"))["jobs"]["inProgress"] < 4:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        for leader in serve.workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leader, signal.SIGKILL)
+        for stream in streams:
+            *events, last = await stream
+            assert events == [f"data: {number}" for number in range(len(events))] != []
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert error["code"] == 500
+            assert "was ended by SIGKILL while it ran the job; some of its output" in error["message"]
+
+
+async def test_a_stream_that_ended_long_ago_is_cancelled_nowhere() -> None:
+    job, cancelled, sent = Job("one", 0, b""), [], []
+    job.add_chunk("data: 1\n\n")
+    job.end(JobState.COMPLETED)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await _Events(job, cancelled.append)({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    assert [message.get("body") for message in sent] == [None, b"data: 1\n\n", b""]
+    assert cancelled == []
+
+
 async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: Path, handler: str) -> None:
     scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5"]
     rule = ["--scaler", "request-count", "--scaler-value", "1"]
@@ -391,6 +454,13 @@ async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
             "`coldsnap serve`; name another file\n",
             ("--workers", "2", "--max-workers", "1"): "coldsnap: --max-workers 1: fewer than --workers 2\n",
             ("--handler", "nowhere.py"): "coldsnap: --handler nowhere.py: there is no such file\n",
+            ("--handler", "/tmp"): "coldsnap: --handler /tmp: that is not a file\n",
+            ("--host", "nowhere.invalid"): "coldsnap: --host nowhere.invalid --port 8000: ",
+            (
+                "--scaler=request-count",
+                "--scaler-value",
+                "0",
+            ): "coldsnap: --scaler-value 0: at least 1 request for each",
             ("--endpoint", "a/b"): "coldsnap: --endpoint 'a/b': letters, digits and - are expected\n",
         }
         for options, message in cases.items():
@@ -398,7 +468,9 @@ async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
             command = [sys.executable, "-c", "import sys; from coldsnap.cli import main; sys.exit(main())", *given]
             environ = os.environ | {"PYTHONPATH": str(ROOT / "src")}
             ended = await asyncio.to_thread(subprocess.run, command, env=environ, capture_output=True, text=True)
-            assert (ended.returncode, ended.stderr) == (1, message)
+            assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+            assert ended.stderr.startswith(message)
+            assert "rror -" not in ended.stderr
 
 
 def foreign(path: Path) -> None:

@@ -63,6 +63,9 @@ def main() -> int:
         if test_input is None:
             return _Worker(booted).serve()
         return _run_local(booted, test_input)
+    except BootError as error:  # of the warm-up, in the loop that would have run the jobs
+        _say(error.message)
+        return 1
     finally:
         booted.engine.close()
 
@@ -197,11 +200,16 @@ def _run_local(booted: Booted, test_input: str) -> int:
     jobs = Jobs(booted.engine, booted.settings, sink, lambda _: None)
     life = Life(booted, sink)
     view = local.View(booted)
+    failed: list[BootError] = []
 
     async def drained(job: dict[str, Any]) -> Any:
         # The SDK's local mode never iterates a generator: it prints the object and calls it a success.
         booted.timeline.mark("sdk")
-        await booted.engine.warm_up()
+        try:
+            await booted.engine.warm_up()
+        except BootError as error:
+            failed.append(error)
+            raise SystemExit(1) from error  # an exception would be the job's, with a traceback
         booted.timeline.mark("warm_up")
         cold_start = life.ready()
         view.begin(job)
@@ -214,6 +222,8 @@ def _run_local(booted: Booted, test_input: str) -> int:
     try:
         runpod.serverless.start({"handler": drained})
     except SystemExit as end:
+        if failed:
+            raise failed[0] from None
         return end.code if isinstance(end.code, int) else 1
     finally:
         booted.engine.close()

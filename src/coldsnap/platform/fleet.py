@@ -64,10 +64,10 @@ class Fleet:
         self, endpoint: Endpoint, handler: Path, environ: Mapping[str, str], logs: Path, say: Callable[[str], None]
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
-        self.on_turn: Callable[[WorkerProcess, Turn], None] = lambda _worker, _turn: None
-        """Called at each turn of a worker's life."""
         self.past: list[WorkerProcess] = []
         """Those that have ended, in that order."""
+        self.on_turn: Callable[[WorkerProcess, Turn], None] = lambda _worker, _turn: None
+        """Called at each turn of a worker's life."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
         self._boots: Boots = endpoint.boots
