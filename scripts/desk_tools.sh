@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The programs that the tests in tests/desk need beside .venv: Debian packages, installed where they are missing.
 set -euo pipefail
-declare -A package=([chromium]=chromium) # command -> package
+# command -> package
+declare -A package=([chromium]=chromium [prometheus]=prometheus [prometheus-pushgateway]=prometheus-pushgateway)
 
 missing=()
 for command in "${!package[@]}"; do

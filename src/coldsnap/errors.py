@@ -81,6 +81,10 @@ class ReportError(CommandError):
     """A report cannot be made."""
 
 
+class TraceError(CommandError):
+    """A trace of requests cannot be read; the message names the file, the line and the field."""
+
+
 class ServeError(CommandError):
     """`coldsnap serve` cannot start; the message names the option."""
 

@@ -48,7 +48,7 @@ class Api:
         self._gateway = gateway.Gateway(self._submit_openai, self._plane.cancel, _OPENAI_SECONDS)
 
     def application(self, *more: Route) -> Starlette:
-        """Return the ASGI application, with routes beside the API's."""
+        """Return the ASGI application, with `more` routes beside the endpoint's."""
         routes = [
             self._route("run", self._run, "POST"),
             self._route("runsync", self._runsync, "POST"),
@@ -59,8 +59,9 @@ class Api:
             self._route("purge-queue", self._purge, "POST"),
             self._route("health", self._health, "GET"),
             self._route("openai", self._openai, "GET", "POST", path="/v1/{route:path}"),
+            *more,
         ]
-        return Starlette(routes=[*routes, *more], exception_handlers={HTTPException: _no_route})
+        return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
 
     def _route(self, name: str, operation: Operation, *methods: str, path: str = "") -> Route:
         async def answer(request: Request) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -28,6 +28,9 @@ class Journal(Protocol):
 
     def note(self, job: Job) -> None:
         """Write down what has become of a job."""
+
+    def count(self, name: str, number: int) -> None:
+        """Write down one of `Board.counts`."""
 
 
 @dataclass(slots=True)
@@ -59,6 +62,8 @@ class Board:
         self.workers: dict[str, Worker] = {}
         self.counts: Counter[str] = Counter()
         """Jobs that reached each end, by its name, and those that were `retried`."""
+        self.on_end: Callable[[Job], None] = lambda _: None
+        """Called with every job that has ended."""
         self.lost: set[str] = set()
         """Workers whose process has ended."""
         self._journal = journal
@@ -81,8 +86,9 @@ class Board:
         self._queued.ring()
         return job
 
-    def adopt(self, jobs: Iterable[Job]) -> None:
+    def adopt(self, jobs: Iterable[Job], counts: Mapping[str, int]) -> None:
         """Take over jobs of an earlier life, in their order; those that were running wait again."""
+        self.counts.update(counts)
         for job in jobs:
             self.jobs[job.id] = job
             self._submitted = max(self._submitted, job.number + 1)
@@ -122,7 +128,7 @@ class Board:
         job.restart()
         job.attempts = 0
         job.timestamps.submitted = time.monotonic()
-        self.counts["retried"] += 1
+        self._count("retried")
         self._queue.append(job)
         self.note(job)
         self._queued.ring()
@@ -187,9 +193,10 @@ class Board:
         if worker:
             worker.running.discard(job.id)
             worker.idle_since = None if worker.running else time.monotonic()
-        self.counts[state] += 1
+        self._count(state)
         job.end(state, output=output, error=error)
         self.note(job)
+        self.on_end(job)
 
     def _again(self, job: Job, why: str, *, blame: bool) -> None:
         if job.read:
@@ -200,6 +207,12 @@ class Board:
         else:
             job.restart()
             job.attempts -= not blame
-            self.counts["retried"] += blame
+            if blame:
+                self._count("retried")
             self._queue.appendleft(job)
             self.note(job)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] += 1
+        if self._journal:
+            self._journal.count(name, self.counts[name])

@@ -49,7 +49,7 @@ class Endpoint:
         self._calls: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self.plane.adopt(self._store.jobs())
+        self.plane.adopt(self._store.jobs(), self._store.counts())
         self._called = {job.id for job in self.plane.jobs.values() if job.done}
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
         self._keeper = asyncio.create_task(self._keep())

@@ -26,6 +26,7 @@ from coldsnap.platform.scaler import wanted
 from coldsnap.plural import plural
 
 State = Literal["initializing", "idle", "running", "throttled", "unhealthy"]
+Turn = Literal["started", "ready", "ended"]
 STATES: tuple[State, ...] = ("initializing", "idle", "running", "throttled", "unhealthy")
 
 _LOOK_SECONDS = 0.1
@@ -65,6 +66,8 @@ class Fleet:
         self.workers: dict[str, WorkerProcess] = {}
         self.past: list[WorkerProcess] = []
         """Those that have ended, in that order."""
+        self.on_turn: Callable[[WorkerProcess, Turn], None] = lambda _worker, _turn: None
+        """Called at each turn of a worker's life."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
         self._boots: Boots = endpoint.boots
@@ -122,6 +125,7 @@ class Fleet:
             if worker.ready is None and seen and seen.first_poll is not None:
                 worker.ready = seen.first_poll
                 self._boots.succeed()
+                self.on_turn(worker, "ready")
                 self._say(f"{worker.id} takes jobs, {worker.ready - worker.begun:.1f} s after its start")
             elif worker.ready is None and now - worker.begun > _BOOT_SECONDS:
                 worker.overdue = True
@@ -154,19 +158,25 @@ class Fleet:
         self._started += 1
         worker_id = f"worker-{self._started}"
         log = self._logs / f"{worker_id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         environ = {**self._environ, **self._plane.environment(worker_id)}
-        with log.open("wb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                self._handler,
-                env=environ,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                preexec_fn=_lead_group_and_end_with_parent,
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("wb") as file:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    self._handler,
+                    env=environ,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    preexec_fn=_lead_group_and_end_with_parent,
+                )
+        except OSError as error:  # no room, no more processes: it may pass
+            self._endpoint.boot_failed(f"{worker_id} could not be started: {error}")
+            self._say(f"{self._boots.trouble or self._boots.why}; the next in {self._boots.pause:.0f} s")
+            return
         worker = self.workers[worker_id] = WorkerProcess(worker_id, process, log)
+        self.on_turn(worker, "started")
         self._say(f"{worker_id} starts: process {process.pid}, log {log}")
         watch = asyncio.create_task(self._watch(worker))
         self._watches.add(watch)
@@ -179,6 +189,7 @@ class Fleet:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         worker.ended, worker.how = time.monotonic(), how
         self.past.append(self.workers.pop(worker.id))
+        self.on_turn(worker, "ended")
         stopping = self._endpoint.stopping
         self._plane.lose(worker.id, f"{worker.id} {'was stopped' if stopping else how}", blame=not stopping)
         if worker.stopping:
