@@ -18,9 +18,12 @@ from engine.worker import CORPUS, MODEL, STEADY, environment, user
 from playwright.async_api import Browser, Page, Request, expect
 from serving import KEY, Serve
 
+from coldsnap.report import notation
+
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = "What is a cold start?"
+expect.set_options(timeout=20_000)
 WRONG = "rpa_of_another_endpoint"
 SEEN = """
 addEventListener("DOMContentLoaded", () => new MutationObserver(() => {
@@ -82,14 +85,14 @@ async def test_a_worker_its_cold_start_and_what_it_costs_are_on_the_page(serve: 
     for phase in ("python", "import_vllm", "engine"):
         await expect(waterfall).to_contain_text(phase)
     record = json.loads(next(line for line in log(serve, 1).splitlines() if '"cold_start"' in line))
-    await expect(worker).to_contain_text(f"cold start {record['seconds']:.2f}"[:14])
+    await expect(worker).to_contain_text(f"cold start {notation.digits(record['seconds'])} s")
     await expect(waterfall).to_contain_text(f"{record['phases']['import_vllm']:.2f} s")
     first = await waterfall.locator("div i").first.bounding_box()
     last = await waterfall.locator("div i").last.bounding_box()
     assert first
     assert last
     assert first["x"] + first["width"] <= last["x"] + 1  # one after the other
-    await expect(page.locator("#usd")).to_have_text(re.compile(r"^\$0\.0\d+$"))
+    await expect(page.locator("#usd")).to_have_text(re.compile(r"^\$0\.\d+$"))
     await expect(page.locator("#price")).to_have_text(re.compile(r"^\d+ s at \$0\.00100$"))
     await expect(page.locator("#legend")).to_have_text(re.compile(r"cold [\d.]+busy [\d.]+overhead .*idle .*drain"))
 
@@ -120,11 +123,11 @@ async def test_running_requests_grow_and_a_hundred_of_them_are_a_few_rows(serve:
     row = page.locator("#rows tr", has=page.locator(".dot.IN_PROGRESS")).first
     await row.click()
     more = page.locator("#rows tr.more")
-    lengths = [int(found[1]) for found in [re.search(r"(\d+) characters", await more.inner_text())] if found]
+    lengths = list[int]()
     while len(set(lengths)) < 4:
+        (length,) = re.findall(r"([\d,]+) characters", await more.inner_text())
+        lengths.append(int(length.replace(",", "")))
         await asyncio.sleep(0.1)
-        found = re.search(r"([\d,]+) characters", await more.inner_text())
-        lengths.append(int(found[1].replace(",", "")) if found else 0)
     assert lengths == sorted(lengths)
     await expect(page.locator("#said")).to_have_text(re.compile(r"live, up"))
     for job in jobs:
@@ -132,17 +135,6 @@ async def test_running_requests_grow_and_a_hundred_of_them_are_a_few_rows(serve:
     await expect(page.locator("#running")).to_have_text("0")
     await expect(page.locator("#done")).to_contain_text("cancelled")
     await expect(page.locator("#rows .dot.CANCELLED").first).to_be_visible()
-
-
-async def test_stop_ends_the_job_of_a_message(serve: Serve, open_page: Open) -> None:
-    page = await open_page(serve)
-    await steady(serve, 24, 400)  # so that there is time to press
-    await page.fill("#message", QUESTION)
-    await page.click("#send")
-    await expect(page.locator("#send")).to_have_text("Stop")
-    await page.click("#send")
-    await expect(page.locator("#send")).to_have_text("Send")
-    await expect(page.locator("#running")).to_have_text("0", timeout=30_000)
 
 
 async def test_a_model_s_or_a_client_s_text_is_no_markup(serve: Serve, open_page: Open) -> None:
@@ -236,6 +228,15 @@ async def test_it_stays_up_when_a_worker_dies_and_when_serve_starts_again(
     async with Serve(tmp_path, environ=environ) as serve:
         page = await open_page(serve)
         await expect(page.locator(".worker")).to_contain_text("initialising")
+        await page.fill("#message", QUESTION)
+        await page.click("#send")
+        await expect(page.locator("#queued")).to_have_text("1")
+        await expect(page.locator("#rows .dot.IN_QUEUE")).to_be_visible()
+        await expect(page.locator("#send")).to_have_text("Stop")
+        await page.click("#send")
+        await expect(page.locator("#talk")).to_contain_text("stopped")
+        await expect(page.locator("#queued")).to_have_text("0")
+        await expect(page.locator("#done")).to_contain_text("1 cancelled")
         await expect(page.locator(".worker .waterfall")).to_contain_text("import_vllm", timeout=90_000)
         await expect(page.locator("#legend")).to_contain_text("set GPU_PRICE_PER_SECOND to have costs in dollars")
         await expect(page.locator("#usd")).to_have_text("–")
