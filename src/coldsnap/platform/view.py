@@ -28,10 +28,12 @@ _FRESH_SECONDS = 0.2
 """A second page within this time gets the same answer."""
 _ROWS = 32
 _OF_THEM_QUEUED = 6
+_OF_THEM_RUNNING = 18
 _KNOWN = 256
 """Rows, and records of requests, that are kept for later."""
 _ENDED_WORKERS = 4
 _LATENCIES = 200
+_RATE_SECONDS = 10.0
 _LIVE = {JobState.IN_QUEUE, JobState.IN_PROGRESS}
 
 _Row = dict[str, Any]
@@ -61,6 +63,8 @@ class View:
         self._requests: dict[str, Request] = {}
         self._ttft: deque[float] = deque(maxlen=_LATENCIES)
         self._itl: deque[float] = deque(maxlen=_LATENCIES)
+        self._ended: deque[tuple[float, int]] = deque()
+        """When requests of the last seconds ended, and their tokens."""
         self._transcripts: dict[str, Transcript] = {}
         self._rows: dict[str, _Row] = {}
         """As they were when their job was last seen, by job, oldest first."""
@@ -101,6 +105,7 @@ class View:
     def _remember(self, record: Request) -> None:
         self._requests[record.job_id] = record
         _forget_oldest(self._requests)
+        self._ended.append((record.monotonic, record.completion_tokens))
         if record.ttft_seconds is not None:
             self._ttft.append(record.ttft_seconds)
         if record.itl_seconds is not None:
@@ -145,6 +150,7 @@ class View:
             "workers_before": max(0, len(self._fleet.past) - _ENDED_WORKERS),
             "unhealthy": self._fleet.count()["unhealthy"],
             "requests": self._newest(now),
+            "rate": self._rate(now),
             "ttft": _latency(self._ttft),
             "itl": _latency(self._itl),
             "spent": _split(spent),
@@ -157,6 +163,13 @@ class View:
         """Return what the worker's GPU costs; nothing while the worker has not said which it has."""
         boot = account.cold_start
         return prices.Price(self._given_price, "") if boot is None else prices.of(boot.gpu, self._given_price)
+
+    def _rate(self, now: float) -> dict[str, float]:
+        """Return requests and tokens a second; workers share this machine's clock."""
+        while self._ended and self._ended[0][0] < now - _RATE_SECONDS:
+            self._ended.popleft()
+        tokens = sum(tokens for _, tokens in self._ended)
+        return {"requests": len(self._ended) / _RATE_SECONDS, "tokens": tokens / _RATE_SECONDS}
 
     # Workers.
 
@@ -203,11 +216,12 @@ class View:
         queued = [job for job in waiting if job.state is JobState.IN_QUEUE][:_OF_THEM_QUEUED]
         ended = [job for job in waiting if job.done]
         live = {name for name, row in self._rows.items() if row["state"] in _LIVE and name in plane.jobs}
-        for job in reversed([*queued, *running[:_ROWS], *ended, *(plane.jobs[name] for name in live)]):
+        shown = running[:_OF_THEM_RUNNING]
+        for job in reversed([*queued, *shown, *ended, *(plane.jobs[name] for name in live)]):
             self._rows[job.id] = self._row(job, now)
         _forget_oldest(self._rows)
         _forget_oldest(self._transcripts)
-        rows = [self._rows[job.id] for job in [*queued, *running[: _ROWS - len(queued)]]]
+        rows = [self._rows[job.id] for job in [*queued, *shown]]
         rest = [row for row in self._rows.values() if row["state"] not in _LIVE]
         rest.sort(key=lambda row: row["number"], reverse=True)
         rows += rest[: _ROWS - len(rows)]
@@ -215,7 +229,7 @@ class View:
         return {
             "rows": rows,
             "queued_more": len(plane.queue) - len(queued),
-            "running_more": max(0, len(running) - (_ROWS - len(queued))),
+            "running_more": len(running) - len(shown),
         }
 
     def _row(self, job: Job, now: float) -> _Row:
@@ -234,7 +248,7 @@ class View:
             "question": transcript.question,
             "text": transcript.text,
             "characters": transcript.characters,
-            "waited": round((now if taken is None else taken) - times.submitted, 3),
+            "waited": round((now if taken is None else taken) - times.submitted, 5),
             "took": None if taken is None else round((times.done or now) - taken, 3),
             "ttft": ttft,
             "error": None if job.error is None else job.error[:500],
