@@ -279,7 +279,8 @@ class TestTranscript:
 
     def test_what_would_take_long_or_cannot_be_sent_is_left_out(self) -> None:
         assert read(job({"prompt": "x" * 200_000})).question == "(0.2 MB)"
-        assert read(Job("id", 0, b'{"input": {"prompt": "\\ud800!"}}')).question == "?!"
+        odd = read(Job("id", 0, b'{"input": {"route": "\\ud800", "body": {"prompt": "\\ud800!"}}}'))
+        assert (odd.route, odd.question) == ("?", "?!")
         assert read(job({}, sse(delta("x" * 200_000)))).text == ""
 
 
@@ -396,7 +397,7 @@ class TestView:
         found = desk.state()["requests"]
         assert len(found["rows"]) == 32
         assert found["queued_more"] == found["running_more"] == 0
-        assert len(desk.view._rows) <= 256
+        assert len(desk.view._rows._rows) <= 256
 
     async def test_it_is_put_together_only_when_asked_and_once_for_all_pages(self, desk: Desk) -> None:
         desk.start("worker-1", cold(0))
