@@ -1,0 +1,264 @@
+"""Does `coldsnap plan` foretell what an endpoint does? Calibrate, predict, measure, compare.
+
+    python bench/plan_check.py FOLDER calibrate      # leaves FOLDER/calibration/ledger.jsonl
+    python bench/plan_check.py FOLDER predict        # traces and FOLDER/predicted.json, from the calibration alone
+    python bench/plan_check.py FOLDER measure steady # and bursts: FOLDER/measured-*.json
+    python bench/plan_check.py FOLDER report         # bench/results/plan.md and .json
+
+`coldsnap serve` with the real engine is the endpoint; prompts are token ids, so their lengths are exact. The
+calibration is traffic of its own: boots from nothing, and batches of growing size. Client, platform and worker
+share this machine's processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from coldsnap import trace  # noqa: E402
+from coldsnap.platform.scaler import Scaling  # noqa: E402
+
+KEY = "rpa_check"
+WITHIN = 0.15
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One trace and the endpoint that it meets."""
+
+    name: str
+    about: str
+    scaling: Scaling
+    concurrency: int
+    seconds: float
+    rates: tuple[tuple[float, float], ...]
+    """Over and over: (seconds, requests per second)."""
+    prompt: tuple[int, int] = (50, 600)
+    output: tuple[int, float] = (20, 400.0)
+    """The least, and the mean of what comes on top, exponentially distributed."""
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "steady",
+            "Poisson arrivals, one active worker with few slots: TTFT is waiting in the platform's queue",
+            Scaling(1, 1, 5.0, "queue-delay", 4.0),
+            concurrency=4,
+            seconds=150,
+            rates=((150, 3.0),),
+        ),
+        Case(
+            "bursts",
+            "bursts with silence between them, scale from zero to two workers, short idle timeout",
+            Scaling(0, 2, 4.0, "queue-delay", 2.0),
+            concurrency=4,
+            seconds=180,
+            rates=((12, 4.0), (18, 0.0), (6, 1.0), (9, 0.0)),
+        ),
+    )
+}
+
+
+def draw(case: Case) -> list[trace.Arrival]:
+    """Return the case's arrivals."""
+    rng = random.Random(SEED)
+    found, now, begun = [], 0.0, 0.0
+    while begun < case.seconds:
+        for seconds, rate in case.rates:
+            now, end = begun, min(begun + seconds, case.seconds)
+            while rate and (now := now + rng.expovariate(rate)) < end:
+                least, more = case.output
+                output = min(3000, least + int(rng.expovariate(1 / more)))
+                found.append(trace.Arrival(now, rng.randint(*case.prompt), output))
+            begun += seconds
+    return [trace.Arrival(each.time - found[0].time, each.prompt_tokens, each.output_tokens) for each in found]
+
+
+def write(path: Path, arrivals: list[trace.Arrival]) -> None:
+    names = ("time", "prompt_tokens", "output_tokens")
+    lines = (json.dumps(dict(zip(names, (round(each.time, 6), each.prompt_tokens, each.output_tokens), strict=True)))
+             for each in arrivals)  # fmt: skip
+    path.write_text("\n".join(lines) + "\n")
+
+
+@dataclass
+class Reply:
+    """What a client saw of one request, in seconds after it was sent."""
+
+    late: float = 0.0
+    ttft: float | None = None
+    total: float | None = None
+    error: str | None = None
+
+
+@dataclass
+class Endpoint:
+    """A running `coldsnap serve`."""
+
+    url: str
+    http: aiohttp.ClientSession
+    ledger: Path
+    random: random.Random = field(default_factory=lambda: random.Random(SEED))
+
+    async def ask(self, prompt: int, output: int, late: float = 0.0) -> Reply:
+        body = {
+            "model": "coldsnap-demo", "prompt": [self.random.randrange(10, 250) for _ in range(prompt)],
+            "max_tokens": output, "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+        reply, begun = Reply(late), time.monotonic()
+        try:
+            async with self.http.post(f"{self.url}/openai/v1/completions", json=body) as response:
+                response.raise_for_status()
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        if b'"error"' in line:
+                            reply.error = line.decode()
+                        reply.ttft = reply.ttft or time.monotonic() - begun
+        except (aiohttp.ClientError, TimeoutError) as error:
+            reply.error = f"{type(error).__name__}: {error}"
+        reply.total = time.monotonic() - begun
+        return reply
+
+    async def replay(self, arrivals: list[trace.Arrival]) -> list[Reply]:
+        """Send every request at its time, whatever became of those before."""
+        begun = time.monotonic()
+        tasks = []
+        for each in arrivals:
+            await asyncio.sleep(begun + each.time - time.monotonic())
+            late = time.monotonic() - begun - each.time
+            tasks.append(asyncio.create_task(self.ask(each.prompt_tokens, each.output_tokens, late)))
+        return await asyncio.gather(*tasks)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
+        return [record for line in lines if (record := json.loads(line))["record"] == kind]
+
+    async def ended(self, workers: int) -> None:
+        """Wait until so many workers have written their last record."""
+        async with asyncio.timeout(60):
+            while sum(record["final"] for record in self.records("worker")) < workers:
+                await asyncio.sleep(0.1)
+
+    async def ready(self, workers: int) -> None:
+        async with asyncio.timeout(60):
+            while len(self.records("cold_start")) < workers:
+                await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)
+
+
+@contextlib.asynccontextmanager
+async def serve(folder: Path, scaling: Scaling, concurrency: int) -> AsyncIterator[Endpoint]:
+    folder.mkdir(parents=True)
+    environ = os.environ | {
+        "COLDSNAP_LEDGER_DIR": str(folder), "MAX_CONCURRENCY": str(concurrency), "PYTHONPATH": str(ROOT / "src"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }  # fmt: skip
+    options = [
+        "serve", "--port", "0", "--key", KEY, "--state", str(folder / "serve.db"),
+        "--workers", str(scaling.least), "--max-workers", str(scaling.most), "--idle-timeout",
+        str(scaling.idle_timeout), "--scaler", scaling.rule, "--scaler-value", str(scaling.value),
+    ]  # fmt: skip
+    code = "import sys; from coldsnap.cli import main; sys.exit(main())"
+    log = folder / "serve.log"
+    with log.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, *options, stderr=file, env=environ, process_group=0
+        )
+    try:
+        while (found := re.search(r"endpoint (\S+),", log.read_text())) is None:
+            assert process.returncode is None, log.read_text()
+            await asyncio.sleep(0.05)
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {KEY}"}, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+        ) as http:
+            yield Endpoint(found[1], http, folder / "ledger.jsonl")
+    finally:
+        process.send_signal(signal.SIGINT)
+        await process.wait()
+
+
+async def calibrate(folder: Path) -> None:
+    """Boot a worker from nothing five times; the last one gets batches of one to eight requests."""
+    rng = random.Random(SEED + 1)
+    async with serve(folder / "calibration", Scaling(0, 1, 1.0), 16) as endpoint:
+        for boot in range(1, 6):
+            await endpoint.ask(100, 20)
+            if boot < 5:
+                await endpoint.ended(boot)
+        for batch in (1, 2, 4, 8):
+            for _ in range(5):
+                sizes = [(rng.randint(50, 600), 20 + int(rng.expovariate(1 / 300))) for _ in range(batch)]
+                replies = await asyncio.gather(*(endpoint.ask(*size) for size in sizes))
+                assert not any(reply.error for reply in replies), replies
+        await endpoint.ended(5)
+
+
+async def measure(folder: Path, case: Case) -> None:
+    """Replay the case's trace; write down what clients saw and what the workers' records say."""
+    arrivals = list(trace.read(folder / f"{case.name}.jsonl"))
+    scaling = case.scaling
+    async with serve(folder / case.name, scaling, case.concurrency) as endpoint:
+        await endpoint.ready(scaling.least)
+        begun = time.time()
+        replies = await endpoint.replay(arrivals)
+        seconds = time.time() - begun
+        await asyncio.sleep(scaling.idle_timeout + 1)
+        await endpoint.ended(len(endpoint.records("cold_start")) - scaling.least)
+    workers = [record for record in endpoint.records("worker") if record["final"]]
+    requests = endpoint.records("request")
+    lives = sum(record["gpu_seconds"] for record in workers)
+    found = {
+        "seconds": seconds,
+        "worker_seconds": seconds if scaling.least == scaling.most else lives,
+        "busy_seconds": sum(record["gpu_seconds"] for record in requests),
+        "workers": len(workers),
+        "boots": [record["seconds"] for record in endpoint.records("cold_start")],
+        "ttft": [reply.ttft for reply in replies],
+        "total": [reply.total for reply in replies],
+        "late": max(reply.late for reply in replies),
+        "errors": [reply.error for reply in replies if reply.error],
+    }
+    (folder / f"measured-{case.name}.json").write_text(json.dumps(found))
+    print({name: value for name, value in found.items() if name not in {"ttft", "total"}})
+    for name in ("ttft", "total"):
+        print(name, np.round(np.percentile([each for each in found[name] if each], [50, 90, 95, 99]), 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("stage", choices=["calibrate", "predict", "measure", "report"])
+    parser.add_argument("case", nargs="?", choices=sorted(CASES))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.stage == "calibrate":
+        asyncio.run(calibrate(options.folder))
+    elif options.stage == "measure":
+        asyncio.run(measure(options.folder, CASES[options.case]))
+
+
+if __name__ == "__main__":
+    main()
