@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from coldsnap import trace  # noqa: E402
+from coldsnap.plan import calibration  # noqa: E402
+from coldsnap.plan.simulation import Choice, Traffic, simulate  # noqa: E402
 from coldsnap.platform.scaler import Scaling  # noqa: E402
 
 KEY = "rpa_check"
@@ -247,6 +249,35 @@ async def measure(folder: Path, case: Case) -> None:
         print(name, np.round(np.percentile([each for each in found[name] if each], [50, 90, 95, 99]), 4))
 
 
+def predict(folder: Path) -> None:
+    """Write the traces, and what the plan says of them from the calibration alone."""
+    known = calibration.read(
+        folder / "calibration" / "ledger.jsonl", model=None, endpoint=None, flex=None, active=None
+    )
+    print(known)
+    predicted = {}
+    for case in CASES.values():
+        arrivals = draw(case)
+        write(folder / f"{case.name}.jsonl", arrivals)
+        traffic = Traffic.of(trace.read(folder / f"{case.name}.jsonl"))
+        outcome = simulate(traffic, Choice(case.scaling, case.concurrency), known.worker, SEED)
+        predicted[case.name] = {
+            "requests": len(arrivals),
+            "seconds": outcome.seconds,
+            "worker_seconds": float(outcome.lives.sum()),
+            "busy_seconds": outcome.busy,
+            "boots": outcome.boots,
+            "peak": outcome.peak,
+            "ttft": outcome.ttft.tolist(),
+            "total": outcome.total.tolist(),
+        }
+        found = predicted[case.name]
+        print(case.name, {name: value for name, value in found.items() if name not in {"ttft", "total"}})
+        for name in ("ttft", "total"):
+            print(name, np.round(np.percentile(found[name], [50, 90, 95, 99]), 4))
+    (folder / "predicted.json").write_text(json.dumps(predicted))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -256,6 +287,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage == "calibrate":
         asyncio.run(calibrate(options.folder))
+    elif options.stage == "predict":
+        predict(options.folder)
     elif options.stage == "measure":
         asyncio.run(measure(options.folder, CASES[options.case]))
 
