@@ -45,7 +45,7 @@ class Batch:
 
     __slots__ = (
         "_at", "_decoded", "_first", "_held", "_joining", "_outputs", "_partial", "_prompts", "_reads", "_running",
-        "_speed", "_steps", "_waiting", "busy", "end",
+        "_speed", "_steps", "_waiting", "busy", "end", "widest",
     )  # fmt: skip
 
     def __init__(self, speed: Speed, prompts: Sequence[int], outputs: Sequence[int]) -> None:
@@ -73,6 +73,8 @@ class Batch:
         self.end = math.inf
         self.busy = 0.0
         """Seconds in which steps ran, up to the last event."""
+        self.widest = 0
+        """Requests that decoded together, at most."""
 
     def add(self, number: int, now: float) -> None:
         """Give the engine a request: it joins when the step under way ends."""
@@ -107,6 +109,7 @@ class Batch:
             else:
                 heappush(running, (self._decoded + output - 1, number))
                 self._reads += prompt + 1
+        self.widest = max(self.widest, len(running))
         self._begin()
         return first, finished
 

@@ -31,6 +31,8 @@ _MOST_CHECKED = 20_000
 """Requests that are run again, the last ones."""
 _FIRST_SEQUENCES = 256
 """vLLM's `max_num_seqs` where the ledger does not say the engine's."""
+_MOST_ROUNDS, _CLOSE = 8, 0.001
+"""The scale of the model is found in so many rounds, or until it changes by less."""
 _BENCH = "run `coldsnap bench` against the endpoint first, at the load that you expect"
 
 
@@ -70,7 +72,9 @@ class Calibration:
         return (flex * self.flex + active * self.active) * self.gpu_count
 
 
-def read(lines: Path, *, model: str | None, endpoint: str | None, flex: float | None, active: float | None) -> Calibration:
+def read(
+    lines: Path, *, model: str | None, endpoint: str | None, flex: float | None, active: float | None
+) -> Calibration:
     """Calibrate from the clean lines of a ledger (`report.source`). `flex` and `active` are prices that override.
 
     Raises `PlanError`: what is missing, and how to get it.
@@ -136,7 +140,7 @@ def _one_model(records: dict[str, list[Record]], wanted: str | None) -> str:
     if len(kinds) > 1:
         said = ", ".join(f"{model} on {gpu} ({count} requests)" for (model, gpu), count in kinds.most_common())
         raise PlanError(f"the ledger has several kinds of worker: {said}; choose with --model or --endpoint")
-    return next(iter(kinds))[0]
+    return str(next(iter(kinds))[0])
 
 
 def _fitted(fits: Sequence[Record]) -> Speed:
@@ -169,11 +173,15 @@ def _checked(speed: Speed, requests: Sequence[Record]) -> tuple[Speed, float, fl
     recorded = np.array([(record.get("itl_seconds") or 0.0) * (record["completion_tokens"] - 1) for record in requests])
     ttft = np.array([record["ttft_seconds"] for record in requests])
     correction = 1.0
-    for _ in range(2):  # a slower model makes fuller batches, which are slower in turn
+    for _ in range(_MOST_ROUNDS):  # a slower model makes fuller batches, which are slower in turn
         first, last = _again(_scaled(speed, correction), requests)
         computed = last - first
-        if computed.sum() > 0 and recorded.sum() > 0:
-            correction *= float(recorded.sum() / computed.sum())
+        if not (computed.sum() > 0 and recorded.sum() > 0):
+            break
+        ratio = float(recorded.sum() / computed.sum())
+        correction *= ratio
+        if abs(ratio - 1) < _CLOSE:
+            break
     speed = _scaled(speed, correction)
     first, last = _again(speed, requests)
     decoded = recorded > 0

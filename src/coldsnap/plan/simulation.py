@@ -93,6 +93,8 @@ class Outcome:
     boots: int
     peak: int
     """Workers at the same time, at most."""
+    widest: int
+    """Requests that one engine decoded together, at most."""
 
     @property
     def flex(self) -> float:
@@ -106,11 +108,12 @@ class Outcome:
 
 
 class _Worker:
-    __slots__ = ("batch", "begun", "idle_since", "ready", "running", "version")
+    __slots__ = ("batch", "begun", "boots_until", "idle_since", "ready", "running", "version")
 
     def __init__(self, batch: Batch, begun: float) -> None:
         self.batch = batch
         self.begun = begun
+        self.boots_until = begun
         self.ready = False
         self.idle_since = math.inf
         """Infinity while it has something to do, or boots."""
@@ -145,7 +148,7 @@ class _Simulation:
         self._last = np.zeros(count)
         self._ended: list[float] = []
         self._busy = self._cold = 0.0
-        self._boots = self._peak = 0
+        self._boots = self._peak = self._widest = 0
 
     def run(self) -> Outcome:
         for _ in range(self._scaling.least):
@@ -164,7 +167,7 @@ class _Simulation:
             self._handle()
         arrivals = np.asarray(times, dtype=np.float64)
         seconds = float(max(self._last.max(initial=0.0), arrivals.max(initial=0.0)))
-        stayed = [max(0.0, seconds - worker.begun) for worker in self._workers]
+        stayed = [max(seconds, worker.boots_until) - worker.begun for worker in self._workers]
         return Outcome(
             choice=self._choice,
             ttft=self._first - arrivals,
@@ -173,6 +176,7 @@ class _Simulation:
             lives=np.array(self._ended + stayed),
             billed=sum(map(math.ceil, self._ended)) + sum(stayed),
             busy=self._busy + sum(worker.batch.busy for worker in self._workers),
+            widest=max([self._widest, *(worker.batch.widest for worker in self._workers)]),
             cold=self._cold,
             boots=self._boots,
             peak=self._peak,
@@ -284,7 +288,8 @@ class _Simulation:
         self._boots += 1
         self._cold += seconds
         worker = self._add(now)
-        self._push(now + seconds, _READY, worker)
+        worker.boots_until = now + seconds
+        self._push(worker.boots_until, _READY, worker)
 
     def _add(self, now: float) -> _Worker:
         worker = _Worker(Batch(self._model.speed, self._traffic.prompts, self._traffic.outputs), now)
@@ -296,4 +301,5 @@ class _Simulation:
         self._workers.remove(worker)
         self._polling.remove(worker)
         self._busy += worker.batch.busy
+        self._widest = max(self._widest, worker.batch.widest)
         self._ended.append(now + self._model.stop - worker.begun)
