@@ -135,11 +135,10 @@ class MethodNotAllowed(InvalidInput):
 class Refused(JobError):
     """`coldsnap serve` does not take a client's request; `status` says why, `retry_after` (s) when to ask again."""
 
-    type = "invalid_request_error"
-
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.type = {500: JobError.type, 503: Draining.type}.get(status, "invalid_request_error")
         self.retry_after = retry_after
 
 

@@ -39,6 +39,12 @@ _WIDE = 160
 """Columns where the terminal does not say how many it has, as in a pipe."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `cli.main`: rich would exit with 1."""
+        raise  # noqa: PLE0704 -- it is called where the error is being handled
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("trace", metavar="TRACE", help="JSON lines of time, prompt_tokens, output_tokens; or a ledger")
@@ -84,9 +90,9 @@ def run(options: argparse.Namespace) -> int:
     current = Choice(scaling, known.concurrency or _CONCURRENCY)
     name = "defaults" if options.current is None else "now"
     asked = words.Asked(options.trace, place, traffic, current, name, options.seed)
-    console = Console()
+    console = _Console()
     if not console.is_terminal:
-        console = Console(width=_WIDE)
+        console = _Console(width=_WIDE)
     with console.status("simulating"):
         plan = search(traffic, known, current, ranges, target=target, seed=options.seed)
     terminal.show(plan, known, asked, console)
