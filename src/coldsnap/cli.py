@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
     "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
+    "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
     "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),
 }
 """Name -> module, and what it does in one line."""
