@@ -46,3 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
         return 0
+
+
+if __name__ == "__main__":  # where nothing is installed, as in an image: PYTHONPATH=src python -m coldsnap.cli
+    sys.exit(main())

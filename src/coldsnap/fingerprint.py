@@ -134,4 +134,4 @@ def _gpus(nvml: Any) -> dict[str, str]:
 
 
 def _digest(values: Mapping[str, str]) -> str:
-    return blake3(orjson.dumps(values, option=orjson.OPT_SORT_KEYS)).hexdigest()[:_SHORT]
+    return blake3(ascii(sorted(values.items())).encode()).hexdigest()[:_SHORT]  # a variable need not be UTF-8
