@@ -93,11 +93,9 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# What a cache bundle is worth",
         "",
-        f"`bench/cache_bundle.py`, two CPU cores, tiny W8A8 model, page cache warm, median of {rounds} rounds in turn, "
-        "seconds from",
-        "the process's start to ready. `without`: a new machine. `bundle`: the same, with a bundle in a folder. "
-        "`caches`: a machine",
-        "that has its caches. `both`: that machine, and a bundle that it fetches for nothing.",
+        f"`bench/cache_bundle.py`, two CPU cores, tiny W8A8 model, page cache warm, median of {rounds} rounds in turn,",
+        "seconds from the process's start to ready. `without`: a new machine. `bundle`: the same, with a bundle in a",
+        "folder. `caches`: a machine that has its caches. `both`: that machine, and a bundle that it fetches for nothing.",
     ]
     for engine, found in results.items():
         boots = found["boots"]
