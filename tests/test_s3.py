@@ -56,6 +56,10 @@ def test_missing_credentials_and_a_wrong_address_are_named(s3_place: Place, monk
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(S3Error, match=r'/a: Could not connect to the endpoint URL: "http://127.0.0.1:9'):
         Bucket(s3_place, attempts=1).put("a", b"")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(S3Error, match="AWS_ENDPOINT_URL: expected http://… or https://…: Invalid endpoint: nonsense"):
+        Bucket(s3_place)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")

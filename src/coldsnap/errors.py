@@ -85,6 +85,10 @@ class ReportError(CommandError):
     """A report cannot be made."""
 
 
+class TraceError(CommandError):
+    """A trace of requests cannot be read; the message names the file, the line and the field."""
+
+
 class ServeError(CommandError):
     """`coldsnap serve` cannot start; the message names the option."""
 
@@ -131,11 +135,10 @@ class MethodNotAllowed(InvalidInput):
 class Refused(JobError):
     """`coldsnap serve` does not take a client's request; `status` says why, `retry_after` (s) when to ask again."""
 
-    type = "invalid_request_error"
-
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.type = {500: JobError.type, 503: Draining.type}.get(status, "invalid_request_error")
         self.retry_after = retry_after
 
 

@@ -38,7 +38,8 @@ class Place:
         match = _URI.fullmatch(uri)
         if match is None:
             raise SettingsError(
-                f"{variable}: expected s3://bucket/prefix with a valid bucket's name, found {uri!r:.200}"
+                f"{variable}: expected s3://bucket/prefix, the bucket of 3 to 63 of a-z, 0-9, . and -, "
+                f"found {uri!r:.200}"
             )
         prefix = (match["prefix"] or "").strip("/")
         return cls(match["bucket"], f"{prefix}/" if prefix else "")
@@ -73,8 +74,11 @@ class Bucket:
             max_pool_connections=_CONNECTIONS,
             response_checksum_validation="when_required",  # who reads a range compares a digest of the whole
         )
-        with _translated(str(place)):
-            self.client: Any = boto3.session.Session().client("s3", config=config)
+        try:
+            with _translated(str(place)):
+                self.client: Any = boto3.session.Session().client("s3", config=config)
+        except ValueError as error:  # boto3's word for an address that is none
+            raise S3Error(f"{place}: AWS_ENDPOINT_URL: expected http://… or https://…: {error}") from error
 
     def put(self, name: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         """Store `data` as `name`, replacing what is there. It is stored whole or not at all."""

@@ -151,6 +151,13 @@ class Settings(BaseModel):
         repr=False,
         description="A Pushgateway that the worker pushes its Prometheus metrics to: `https://[user:password@]host`.",
     )
+    metrics_push_seconds: float = Field(
+        15.0,
+        alias="METRICS_PUSH_SECONDS",
+        ge=1,
+        le=3600,
+        description="Time between two pushes: the interval at which Prometheus scrapes the gateway will do.",
+    )
     cost_in_response: bool = Field(
         True,
         alias="COST_IN_RESPONSE",

@@ -345,8 +345,11 @@ class VllmEngine:
             request = Generation("warm-up", messages=[{"role": "user", "content": "a"}], sampling=sampling)
         else:
             request = Generation("warm-up", prompt="a", sampling=sampling)
-        async for _ in self.generate(request, Meter()):
-            pass
+        try:
+            async for _ in self.generate(request, Meter()):
+                pass
+        except ColdsnapError as error:
+            raise EngineBootError(f"the engine started but cannot answer: {error.message}") from error
 
     def usage(self) -> Usage:
         """See `Engine.usage`."""
