@@ -17,8 +17,13 @@ from coldsnap.errors import ColdsnapError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
     "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
+    "plan": (
+        "coldsnap.plan.command",
+        "Which workers and timeouts to choose for a trace: cost against time to first token.",
+    ),
     "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
+    "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
     "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),
 }
 """Name -> module, and what it does in one line."""
@@ -58,3 +63,7 @@ class _Version(argparse.Action):
 
         print(f"coldsnap {version('coldsnap')}")  # noqa: T201
         parser.exit()
+
+
+if __name__ == "__main__":  # where nothing is installed, as in an image: PYTHONPATH=src python -m coldsnap.cli
+    sys.exit(main())
