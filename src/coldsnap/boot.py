@@ -60,6 +60,8 @@ class Booted:
             cache_bundle=self.cached.fingerprint,
             cache_bytes=self.cached.bytes,
             model=info.models[0],
+            limits=info.limits,
+            max_concurrency=self.settings.max_concurrency,
         )
 
     def bundle(self) -> dict[str, Any] | None:
