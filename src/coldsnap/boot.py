@@ -52,6 +52,8 @@ class Booted:
             fetched_bytes=supply.fetched_bytes,
             fetch_gb_per_second=speed,
             model=info.models[0],
+            limits=info.limits,
+            max_concurrency=self.settings.max_concurrency,
         )
 
 

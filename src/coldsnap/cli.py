@@ -17,6 +17,10 @@ from coldsnap.errors import ColdsnapError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
     "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
+    "plan": (
+        "coldsnap.plan.command",
+        "Which workers and timeouts to choose for a trace: cost against time to first token.",
+    ),
     "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
     "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),

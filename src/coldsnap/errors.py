@@ -85,6 +85,10 @@ class TraceError(CommandError):
     """A trace of requests cannot be read; the message names the file, the line and the field."""
 
 
+class PlanError(CommandError):
+    """A plan cannot be made; the message names the option, or what the ledger lacks and how to get it."""
+
+
 class ServeError(CommandError):
     """`coldsnap serve` cannot start; the message names the option."""
 

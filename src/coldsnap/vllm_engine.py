@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldsnap import arguments, asgi, processes, step_meter
-from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
     EngineBootError,
@@ -234,6 +234,11 @@ def boot(
         models=tuple(args.served_model_name or [model]),
         max_model_len=config.model_config.max_model_len,
         weights_digest=digest,
+        limits=Limits(
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size or None,
+        ),
     )
     return VllmEngine(llm, args, info, accounts)
 
