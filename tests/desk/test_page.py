@@ -53,9 +53,10 @@ async def open_page(browser: Browser) -> AsyncIterator[Open]:
             page.on("request", lambda request: asked.append(request))  # noqa: PLW0108 -- it takes no built-in
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("console", lambda said: errors.append(said.text) if "Policy" in said.text else None)
-            page.seen = []  # type: ignore[attr-defined]
+            seen: list[str] = []
+            page.seen = seen  # type: ignore[attr-defined]
             if script:
-                await page.expose_function("seen", page.seen.append)  # type: ignore[attr-defined]
+                await page.expose_function("seen", lambda text: seen.append(text))  # noqa: PLW0108 -- as above
                 await page.add_init_script(script)
             await page.goto(f"{origin}/{fragment}")
             return page
