@@ -209,7 +209,8 @@ class TestCommand:
         assert "$0.00116 a second flex, $0.000930 active, for each of 1 NVIDIA H100 80GB HBM3" in said
         assert re.search(r"^\s*→", said, re.MULTILINE)
         assert re.search(r"^\s*defaults", said, re.MULTILINE)
-        assert f"{best['active']} active, at most {best['most']}" in said
+        assert f": {best['active']} active, " in said
+        assert f"MAX_CONCURRENCY={best['concurrency']}" in said
 
     def test_a_point_of_the_plan_is_what_the_simulation_says(self, places: tuple[Path, Path], tmp_path: Path) -> None:
         out = tmp_path / "plan.json"
