@@ -33,7 +33,7 @@ image-check: ## build the CPU image, run the demo job in it, search it for secre
 	@scripts/setup.sh demo
 	@$(py) scripts/image_check.py
 
-desk-check: ## test `coldsnap serve` in a browser: Debian packages, installed where missing (root)
+desk-check: ## test `coldsnap serve` with a browser and Prometheus, installed where missing (root)
 	@scripts/setup.sh test
 	@scripts/desk_tools.sh
 	@$(py) -m pytest -q tests/desk

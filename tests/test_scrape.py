@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from coldsnap.metrics import Push
 from coldsnap.platform import pushes
+from coldsnap.platform.api import Api
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.fleet import Fleet
@@ -27,6 +28,7 @@ from coldsnap.platform.scrape import Scrape
 from coldsnap.platform.serve import _private
 from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
+from coldsnap.platform.throttle import Throttle
 from coldsnap.settings import Settings
 
 Samples = dict[str, float]
@@ -46,7 +48,7 @@ class Desk:
         async with aiohttp.ClientSession() as http, http.get(self.url, headers=headers) as response:
             text = await response.text()
         if response.status != 200:
-            assert "authorization" in text
+            assert "Authorization: Bearer" in text
             return response.status, {}
         assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         lines = text.splitlines()
@@ -82,7 +84,8 @@ async def desk(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
         endpoint = Endpoint(plane, store, Scaling(), said.append)
         async with Pushes(lambda worker: worker != "stranger", said.append) as kept:
             fleet = Fleet(endpoint, tmp_path / "handler.py", {}, tmp_path, said.append)
-            scrape = Scrape(endpoint, fleet, kept, request.param)
+            authorize = request.param and Api(endpoint, fleet, request.param, Throttle()).authorize
+            scrape = Scrape(endpoint, fleet, kept, authorize)
             async with served(Starlette(routes=[Route("/metrics", scrape.answer)]), listener):
                 yield Desk(kept, scrape, said, f"http://127.0.0.1:{listener.getsockname()[1]}/metrics")
 

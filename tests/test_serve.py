@@ -414,7 +414,7 @@ async def test_while_no_worker_boots_who_waits_is_told_why_and_what_is_queued_ru
         queued, openai, sync = await asyncio.gather(
             serve.run(1), serve.call("POST", "openai/v1/chat/completions", body), serve.post("runsync", body)
         )
-        why = "no worker starts: 3 boots in a row failed, the last with: MAX_MODEL_LEN: 4 is too short"
+        why = "workers do not start: 3 boots in a row failed, the last with: MAX_MODEL_LEN: 4 is too short"
         error = {"message": why, "type": "ServiceUnavailableError", "param": None, "code": 503}
         assert openai == (503, {"error": error})
         assert (sync["status"], sync["error"]) == ("FAILED", why)
@@ -430,6 +430,16 @@ async def test_while_no_worker_boots_who_waits_is_told_why_and_what_is_queued_ru
         assert (await serve.ended(queued))["output"] == [1]
         health = await serve.get("health")
         assert (health["workers"]["unhealthy"], health["workers"]["ready"], "error" in health) == (0, 1, False)
+
+
+async def test_a_worker_that_runs_goes_on_while_others_do_not_boot(tmp_path: Path) -> None:
+    path = tmp_path / "handler.py"
+    path.write_text('import os\nassert os.environ["RUNPOD_POD_ID"] == "worker-1", "no room"\n' + HANDLER)
+    async with Serve(tmp_path, "--handler", str(path), "--workers", "2") as serve:
+        await serve.says("workers do not start: 3 boots in a row failed, the last with: AssertionError: no room")
+        assert (await serve.post("runsync", {"input": {}}))["status"] == "COMPLETED"
+        health = (await serve.get("health"))["workers"]
+        assert (health["unhealthy"], health["ready"]) == (1, 1)
 
 
 async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
+    "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
     "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),
 }
 """Name -> module, and what it does in one line."""
@@ -62,3 +63,7 @@ class _Version(argparse.Action):
 
         print(f"coldsnap {version('coldsnap')}")  # noqa: T201
         parser.exit()
+
+
+if __name__ == "__main__":  # where nothing is installed, as in an image: PYTHONPATH=src python -m coldsnap.cli
+    sys.exit(main())

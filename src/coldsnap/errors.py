@@ -69,6 +69,10 @@ class S3Error(ColdsnapError):
         self.missing = missing
 
 
+class CacheError(ColdsnapError):
+    """A cache bundle was not used or not stored; the message says why. The engine computes what it would have held."""
+
+
 class CommandError(ColdsnapError):
     """A command at a desk cannot do what it was asked to; the message names the option, the file or its key."""
 

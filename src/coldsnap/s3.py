@@ -85,6 +85,22 @@ class Bucket:
         with self.naming(name):
             self.client.put_object(Bucket=self.place.bucket, Key=self._key(name), Body=data, Metadata=metadata or {})
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Store `data` as `name` unless there is such an object already; return whether it was stored."""
+        try:
+            with self.naming(name):
+                self.client.put_object(Bucket=self.place.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
+        except S3Error as error:
+            code = _code(error.__cause__)
+            if code in _THERE_ALREADY:
+                return False
+            if code not in _NO_CONDITIONS:
+                raise
+            if self.find(name):
+                return False
+            self.put(name, data)
+        return True
+
     def upload(
         self,
         name: str,
@@ -114,6 +130,22 @@ class Bucket:
         except S3Error:  # cut off: the rest comes in another way
             return bytes(self.read(name, 0, answer["ContentLength"]))
         return data
+
+    def stream(self, name: str) -> tuple[int, Iterator[bytes]]:
+        """Return the object's size and its bytes, piece by piece."""
+        answer = self._open(name)
+        size = answer["ContentLength"]
+        return size, self._continued(name, answer, size)
+
+    def _continued(self, name: str, answer: Any, size: int) -> Iterator[bytes]:
+        got = 0
+        try:
+            with self.naming(name), closing(answer["Body"]) as body:
+                for piece in body.iter_chunks(_READ_BYTES):
+                    got += len(piece)
+                    yield piece
+        except S3Error:  # cut off
+            yield bytes(self.read(name, got, size - got))
 
     def read(self, name: str, start: int, size: int) -> bytearray:
         """Return `size` bytes of the object from `start` on.
@@ -208,6 +240,14 @@ _REMEDIES = {
     "InvalidRange": "the object is shorter than expected",
 }
 _MISSING = {"NoSuchKey", "404"}
+_THERE_ALREADY = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+_NO_CONDITIONS = {"NotImplemented", "501"}
+"""What servers say that cannot store under a condition."""
+
+
+def _code(error: object) -> str:
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 @contextmanager
@@ -218,7 +258,7 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
+        code = _code(error)
         raise S3Error(f"{what}: {_REMEDIES.get(code, error)}", missing=code in _MISSING) from error
     except NoCredentialsError as error:
         raise S3Error(f"{what}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error

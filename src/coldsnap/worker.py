@@ -14,6 +14,7 @@ from typing import Any
 from coldsnap import dispatch, local, post, vllm_engine
 from coldsnap.background import Background
 from coldsnap.boot import Booted, boot
+from coldsnap.caches import Healing
 from coldsnap.egress import Egress
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
 from coldsnap.job import Jobs
@@ -84,6 +85,7 @@ class _Worker:
         self._metrics = Metrics(posts=lambda: self._egress.posts if self._egress else 0)
         self._sink.watchers.append(self._metrics.see)
         self._senders = _senders(booted.settings, self._sink, self._jobs)
+        self._senders += _healing(booted, self._sink, self._jobs)
         self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
         self._scaler: Any = None
@@ -189,6 +191,14 @@ def _senders(settings: Settings, sink: Sink, jobs: Jobs) -> list[Background]:
     if settings.metrics_push_url is not None:
         senders.append(Push(settings, settings.metrics_push_url, _say))
     return senders
+
+
+def _healing(booted: Booted, sink: Sink, jobs: Jobs) -> list[Background]:
+    """Return what makes the bundle of caches that this boot lacked."""
+    asked = booted.bundle()
+    if booted.caches is None or asked is None:
+        return []
+    return [Healing(booted.caches, asked, busy=lambda: jobs.running, served=lambda: sink.tally.requests, say=_say)]
 
 
 def _run_local(booted: Booted, test_input: str) -> int:

@@ -69,7 +69,7 @@ class Prometheus(Program):
 
     async def ask(self, path: str, **query: Any) -> Any:
         """Return the data of an answer of Prometheus's API."""
-        async with self.http.post(f"{self.url}/api/v1/{path}", data=query) as response:
+        async with self.http.get(f"{self.url}/api/v1/{path}", params=query) as response:
             answer = json.loads(await response.read())
         assert answer["status"] == "success", (query, answer)
         return answer["data"]

@@ -59,9 +59,8 @@ class Api:
             self._route("purge-queue", self._purge, "POST"),
             self._route("health", self._health, "GET"),
             self._route("openai", self._openai, "GET", "POST", path="/v1/{route:path}"),
-            *more,
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+        return Starlette(routes=[*routes, *more], exception_handlers={HTTPException: _no_route})
 
     def _route(self, name: str, operation: Operation, *methods: str, path: str = "") -> Route:
         async def answer(request: Request) -> Response:

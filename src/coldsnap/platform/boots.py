@@ -37,7 +37,7 @@ class Boots:
         """What is wrong, once so many failed that the next will too."""
         if self.failed < _UNHEALTHY:
             return None
-        return f"no worker starts: {self.failed} boots in a row failed, the last with: {self.why}"
+        return f"workers do not start: {self.failed} boots in a row failed, the last with: {self.why}"
 
     def succeed(self) -> None:
         """Count a worker that takes jobs."""

@@ -77,7 +77,7 @@ class Endpoint:
         """Queue a job, or refuse it. With `sync` a client waits for it, as long as it is `held`."""
         if self.stopping:
             raise Refused(503, _STOPS, retry_after=10)
-        if sync and self.boots.trouble and self.boots.pause:
+        if sync and self.boots.trouble and self.boots.pause and not self._served:
             raise Refused(503, self.boots.trouble, retry_after=math.ceil(self.boots.pause))
         waiting, most = len(self.plane.queue), _QUEUE_PER_WORKER * self.scaling.most
         if waiting > _QUEUE_ALWAYS and waiting > most:
@@ -88,14 +88,19 @@ class Endpoint:
         return job
 
     def boot_failed(self, why: str) -> None:
-        """Learn that a worker ended before it took jobs. Once that is no chance, nobody is left waiting for one.
+        """Learn that a worker ended before it took jobs. Once that is no chance, nobody is left waiting for the first.
 
         Jobs that no connection waits for stay in the queue as long as they live: a boot may succeed before.
         """
         self.boots.fail(why)
-        if self.boots.trouble is not None:
+        if self.boots.trouble is not None and not self._served:
             for job in [job for job in self.plane.queue if job.held]:
                 self._turn_away(job, self.boots.trouble)
+
+    @property
+    def _served(self) -> bool:
+        """Whether a worker takes jobs, however the boots of others end."""
+        return any(each.first_poll is not None and not each.retired for each in self.plane.workers.values())
 
     def _turn_away(self, job: Job, why: str) -> None:
         # An OpenAI client gets the status that such an error has.

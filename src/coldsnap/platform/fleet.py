@@ -198,7 +198,8 @@ class Fleet:
             how = f"took no jobs within {_BOOT_SECONDS:g} s and was killed"
         if worker.ready is None:
             self._endpoint.boot_failed((None if worker.overdue else reason(worker.log)) or f"{worker.id} {how}")
-        if self._boots.trouble is None:
+            self._missing += 1  # until the next look
+        if worker.ready is not None or self._boots.trouble is None:
             end = "\n".join(f"    {line}" for line in tail(worker.log))
             self._say(f"{worker.id} {how}; the end of its log:\n{end}")
         else:

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from coldsnap.platform.worker_http import Request, Response, Server
 
 _SECONDS = 2.0
-"""Between two pushes of a worker: what Prometheus scrapes here is no older."""
+"""Between two pushes of a worker, which looks every second whether it is time."""
 _ENDED_KEPT = 20
 """Workers that have ended whose counters are told apart."""
 _KEPT_TYPES = {"counter", "histogram", "summary"}

@@ -6,9 +6,8 @@ The platform's own are named `coldsnap_endpoint_…`; `docs/metrics.md` lists th
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
@@ -18,6 +17,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from coldsnap.errors import Refused
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.fleet import STATES, Fleet, Turn, WorkerProcess
 from coldsnap.platform.job import Job, JobState
@@ -98,23 +98,25 @@ def _gauge(name: str, help_: str, value: float) -> Metric:
 
 
 class Scrape:
-    """The route. It asks for `key`, where there is one; else a key that is sent is not looked at."""
+    """The route. `authorize` refuses a request without the key; with None anybody may ask."""
 
-    def __init__(self, endpoint: Endpoint, fleet: Fleet, pushes: Pushes, key: str | None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, fleet: Fleet, pushes: Pushes, authorize: Callable[[Request], None] | None
+    ) -> None:
         self._platform = Platform(endpoint, fleet)
         self._pushes = pushes
         self._labels = {"endpoint": endpoint.plane.endpoint_id}
-        self._key = key
+        self._authorize = authorize
         endpoint.plane.on_end = self._platform.see_job
         fleet.on_turn = self._see_worker
 
     async def answer(self, request: Request) -> Response:
         """Answer GET /metrics."""
-        if self._key is not None:
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {self._key}".encode()):
-                text = "send `Authorization: Bearer <key>`: in a scrape_config, authorization: {credentials: <key>}\n"
-                return PlainTextResponse(text, 401, {"WWW-Authenticate": "Bearer"})
+        if self._authorize is not None:
+            try:
+                self._authorize(request)
+            except Refused as refused:
+                return PlainTextResponse(f"{refused.message}\n", refused.status, {"WWW-Authenticate": "Bearer"})
         own, groups = list(self._platform.registry.collect()), self._pushes.groups()
         # Workers push thousands of lines: parsed and written beside the loop that moves the streams.
         body = await asyncio.to_thread(self._text, own, groups)

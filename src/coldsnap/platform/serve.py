@@ -118,7 +118,7 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         pushes = await stack.enter_async_context(Pushes(lambda worker_id: worker_id in fleet.workers, _say))
         fleet = Fleet(endpoint, options.handler.absolute(), pushes.environment(os.environ), logs, _say)
         api = Api(endpoint, fleet, key, Throttle())
-        metrics = Scrape(endpoint, fleet, pushes, None if _private(listener) else key)
+        metrics = Scrape(endpoint, fleet, pushes, None if _private(listener) else api.authorize)
         page = Page(View(endpoint, fleet, price), api.authorize)
         app = api.application(Route("/metrics", metrics.answer), *page.routes())
         await stack.enter_async_context(served(app, listener))

@@ -62,12 +62,12 @@ def _asked(payload: bytes) -> tuple[str, str]:
     route = given.get("openai_route") or given.get("route") or "native"
     body = given.get("openai_input") or given.get("body") or given
     if not isinstance(body, dict):
-        return str(route), ""
+        return _printable(str(route)[:100]), ""
     messages = body.get("messages") or body.get("input")
     last = messages[-1] if isinstance(messages, list) and messages else messages
     content = last.get("content") if isinstance(last, dict) else last
     question = _words(content) or _words(body.get("prompt"))
-    return str(route)[:100], _printable(question[-SHOWN:])
+    return _printable(str(route)[:100]), _printable(question[-SHOWN:])
 
 
 def _text(chunk: Any) -> str:
