@@ -16,7 +16,7 @@ _STREAM_SECONDS = 0.001
 """What the pace grows by with each stream: a chunk of each in turn, at most one a millisecond."""
 _WIDEST_SECONDS = 0.035
 """The pace never gets wider by load than this: with a step of the engine and a POST on top, 50 ms."""
-_SWEEP_SECONDS = 0.01
+_SWEEP_SECONDS = 0.004
 
 
 class Pace:

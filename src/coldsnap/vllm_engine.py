@@ -400,24 +400,8 @@ class VllmEngine:
 def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
-    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
-        """A request's outputs."""
-
-    class Paced(PacedRequest, RequestState):  # type: ignore[misc] # vLLM is not followed
-        """A request's tokens."""
-
-    class Processor(OutputProcessor):  # type: ignore[misc] # vLLM is not followed
-        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-            super().add_request(request, *args, **kwargs)
-            state = self.request_states[request.request_id]
-            # A stream of deltas; not one of an input that is a stream itself.
-            if state.__class__ is RequestState and state.queue and state.queue.aggregate and not state.streaming_input:
-                if not isinstance(state.queue, Queue):  # with `n` above 1 there are several requests to it
-                    state.queue.__class__ = Queue
-                    state.queue.begin(pace)
-                state.__class__ = Paced
+    processor = _paced(pace)
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -440,7 +424,7 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
     class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.output_processor.__class__ = Processor
+            self.output_processor.__class__ = processor
             # It counts tokens for Prometheus at each step; `/metrics` is closed, and nobody reads what it logs.
             self.logger_manager = None
             self._logger_ref = [None]
@@ -460,6 +444,30 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
             return metered(super().encode(prompt, pooling_params, request_id, *args, **kwargs), request_id, 1)
 
     return MeteredLLM
+
+
+def _paced(pace: Pace) -> type:
+    """Return vLLM's `OutputProcessor`, with every stream of deltas paced."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
+
+    class Paced(PacedRequest, RequestState):  # type: ignore[misc] # vLLM is not followed
+        """A request's tokens."""
+
+    class Processor(OutputProcessor):  # type: ignore[misc] # vLLM is not followed
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_request(request, *args, **kwargs)
+            state = self.request_states[request.request_id]
+            # A stream of deltas; not one of an input that is a stream itself.
+            if state.__class__ is RequestState and state.queue and state.queue.aggregate and not state.streaming_input:
+                if not isinstance(state.queue, Queue):  # with `n` above 1 there are several requests to it
+                    state.queue.__class__ = Queue
+                    state.queue.begin(pace)
+                state.__class__ = Paced
+
+    return Processor
 
 
 def _unmetered(config: Any) -> str | None:
