@@ -427,7 +427,6 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
             self.output_processor.__class__ = processor
             # It counts tokens for Prometheus at each step; `/metrics` is closed, and nobody reads what it logs.
             self.logger_manager = None
-            self._logger_ref = [None]
 
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
