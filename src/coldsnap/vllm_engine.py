@@ -15,6 +15,7 @@ import importlib
 import importlib.abc
 import importlib.metadata
 import logging
+import re
 import sys
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldsnap import arguments, asgi, processes, step_meter
-from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
     EngineBootError,
@@ -93,7 +94,11 @@ def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    if is_cpu_build():
+    if not is_cpu_build():
+        # vLLM keeps the size of the KV cache that it has measured, and skips the measurement where nothing of what
+        # that depends on has changed and as much memory is free.
+        wanted["VLLM_ENABLE_STARTUP_PLAN"] = "1"
+    else:
         # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
         # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -109,6 +114,33 @@ def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict
 def version() -> str:
     """Return vLLM's version, whichever distribution it came in."""
     return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
+
+
+def argument_names() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, out of its source: its parser is not there before the import."""
+    source = Path(_package(), "engine", "arg_utils.py").read_text(encoding="utf-8")
+    return frozenset(name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source))
+
+
+def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folders in which vLLM and what it stands on keep what they compile, by what `environ` says."""
+    home = Path.home()
+    found = {
+        "vllm": Path(environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or home / ".cache", "vllm")),
+        "triton": Path(environ.get("TRITON_CACHE_DIR") or Path(environ.get("TRITON_HOME") or home, ".triton", "cache")),
+        "flashinfer": Path(environ.get("FLASHINFER_WORKSPACE_BASE") or home, ".cache", "flashinfer"),
+    }
+    if inductor := environ.get("TORCHINDUCTOR_CACHE_DIR"):  # unset: vLLM's own folder, and for the rest a temporary one
+        found["inductor"] = Path(inductor)
+    return {name: folder.expanduser().absolute() for name, folder in found.items()}
+
+
+def _package() -> Path:
+    """Return vLLM's folder, without an import of it."""
+    found = find_spec("vllm")
+    if found is None or found.origin is None:
+        raise EngineBootError("there is no vLLM in this environment: run scripts/setup.sh")
+    return Path(found.origin).parent
 
 
 def load(environ: Mapping[str, str]) -> None:
@@ -236,6 +268,11 @@ def boot(
         models=tuple(args.served_model_name or [model]),
         max_model_len=config.model_config.max_model_len,
         weights_digest=digest,
+        limits=Limits(
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size or None,
+        ),
     )
     return VllmEngine(llm, args, info, accounts)
 
@@ -315,8 +352,11 @@ class VllmEngine:
             request = Generation("warm-up", messages=[{"role": "user", "content": "a"}], sampling=sampling)
         else:
             request = Generation("warm-up", prompt="a", sampling=sampling)
-        async for _ in self.generate(request, Meter()):
-            pass
+        try:
+            async for _ in self.generate(request, Meter()):
+                pass
+        except ColdsnapError as error:
+            raise EngineBootError(f"the engine started but cannot answer: {error.message}") from error
 
     def usage(self) -> Usage:
         """See `Engine.usage`."""

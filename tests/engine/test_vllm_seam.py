@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from coldsnap import routes, vllm_engine
+from coldsnap import arguments, routes, vllm_engine
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput, JobError, RouteRefused
 from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
@@ -37,6 +37,15 @@ def parser(offline: None) -> Any:
 
     cli = importlib.import_module(vllm_engine._parser_module())
     return cli.make_arg_parser(FlexibleArgumentParser())
+
+
+def test_the_names_of_the_engines_arguments_are_in_the_source_that_is_read_before_the_import(offline: None) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    names = arguments._actions(AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())).keys()
+    assert names - vllm_engine.argument_names() == set()
+    assert {"max_model_len", "enforce_eager", "tensor_parallel_size"} <= names
 
 
 # Exceptions.
