@@ -169,19 +169,23 @@ class _Shell(ModuleType):
             return deferral.answers[module][name]
         if part in sys.modules:
             return sys.modules[part]
+        scope = sys._getframe(1).f_globals  # noqa: SLF001 -- whose import it is
         if PathFinder.find_spec(part, self.__dict__.get("__path__", [])):
-            raise AttributeError(name)  # the import system imports it
+            if scope["__name__"] == "importlib._bootstrap":
+                raise AttributeError(name)  # of `from module import part`: it goes on to import the part
+            try:
+                return importlib.import_module(part)
+            except ModuleNotFoundError as error:
+                raise AttributeError(name) from error
         if not deferral.open or module in deferral.answers:
             return getattr(deferral.real(module), name)
         stand_in = deferral.stand_ins.setdefault((module, name), StandIn(deferral, module, name))
-        deferral.taken.append((sys._getframe(1).f_globals, stand_in))  # noqa: SLF001 -- whose import it is
+        deferral.taken.append((scope, stand_in))
         return stand_in
 
 
 class StandIn:
     """A name of a module that is put off. Special methods are looked up in the class, so it has them itself."""
-
-    __slots__ = ("_deferral", "_module", "_name")
 
     def __init__(self, deferral: Deferral, module: str, name: str) -> None:
         self._deferral = deferral

@@ -21,7 +21,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from coldsnap import arguments, asgi, imports, processes, remembered, step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
@@ -69,15 +72,18 @@ _TESTED = ("0.32.0",)
 
 # fmt: off
 _LATER = (
-    # The front end's, imported beside the engine's start.
-    "vllm.connections", "vllm.entrypoints.mcp.tool_server", "vllm.entrypoints.serve", "vllm.parser",
-    "vllm.parser.engine.adapters", "vllm.transformers_utils.processor", "aiohttp", "boto3",
-    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
-    # transformers' own models.
-    "transformers.activations", "transformers.generation.utils", "transformers.image_processing_utils",
+    "aiohttp", "boto3", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "vllm.connections",
+    "vllm.entrypoints.mcp.tool_server", "vllm.entrypoints.serve", "vllm.parser", "vllm.parser.engine.adapters",
+    "vllm.transformers_utils.processor",
+)
+"""Modules that the front end needs: imported beside the engine's start."""
+_ON_DEMAND = (
+    "compressed_tensors.modeling", "compressed_tensors.modeling.attention", "compressed_tensors.modeling.kvcache",
+    "compressed_tensors.offload", "torch._dynamo.symbolic_convert", "transformers.activations",
+    "transformers.generation.utils", "transformers.image_processing_utils", "transformers.modeling_utils",
 )
 # fmt: on
-"""Modules that are imported for names which nothing uses before a request, or the OpenAI application, does."""
+"""Modules that only a compiler, a compressor and transformers' own models need, and that import each other."""
 
 
 def _unchanged(function: Any = None, *_: object, **__: object) -> Any:
@@ -91,6 +97,7 @@ _WITHOUT_COMPILER: Mapping[str, Mapping[str, Any]] = {
         "assume_constant_result": _unchanged,
         "disable": _unchanged,
         "optimize": lambda *_, **__: _unchanged,
+        "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
     },
     "torch._inductor": {},
 }
@@ -166,12 +173,13 @@ def load(environ: Mapping[str, str]) -> Deferral:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
     found = remembered.Remembered(_cache(environ) / "coldsnap-imports", remembered.environment_key())
-    late = _LATER if version().partition("+")[0] in _TESTED else ()
-    Deferral(late, after={"transformers.utils.import_utils": lambda module: _remember(module, found)}).begin()
+    tested = version().partition("+")[0] in _TESTED
+    Deferral(_LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}).begin()
     search = importlib.metadata.packages_distributions
     importlib.metadata.packages_distributions = lambda: found.answer("packages_distributions", search)
+    if environ.get("TORCHDYNAMO_DISABLE") == "1" and tested:
+        Deferral(_ON_DEMAND, _WITHOUT_COMPILER, _COMPILERS_PARTS).begin()
     if environ.get("TORCHDYNAMO_DISABLE") == "1":
-        Deferral(("torch._dynamo.symbolic_convert",), _WITHOUT_COMPILER, _COMPILERS_PARTS).begin()
         with _absent("torch._inductor.lowering"):
             importlib.import_module("vllm")
     from vllm.v1.engine import async_llm  # noqa: F401
@@ -194,14 +202,30 @@ def _remember(module: Any, found: remembered.Remembered) -> None:
     module.create_import_structure_from_path = remembering
 
 
-def inspect_models(architectures: Sequence[str]) -> list[str]:
+def inspect_models(architectures: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Have vLLM look at these classes and cache what it finds, as the first boot would; return those it knows."""
+    load(environ)
     from vllm.model_executor.models.registry import ModelRegistry
 
     known = [name for name in architectures if name in ModelRegistry.models]
     for name in known:
         ModelRegistry.models[name].inspect_model_cls()
     return known
+
+
+def _register_models(folder: Path) -> None:
+    """Import the classes that a checkpoint names, and give them to vLLM.
+
+    It would start a process that looks at them, eight seconds, so as not to touch a GPU in this one; where there is
+    none there is nothing to touch, and the engine's process needs them anyway.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    config = folder / "config.json"
+    for name in orjson.loads(config.read_bytes()).get("architectures") or () if config.is_file() else ():
+        with contextlib.suppress(ImportError, AttributeError):  # vLLM's own way says what is wrong with it
+            if name in ModelRegistry.models:
+                ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 @contextlib.contextmanager
@@ -263,6 +287,8 @@ def boot(
     for suspect, near in parsed.suspects.items():
         warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
     args = parsed.namespace
+    if is_cpu_build():
+        _register_models(Path(model))
     try:
         cli.validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
