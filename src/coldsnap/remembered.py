@@ -6,16 +6,15 @@ import contextlib
 import marshal
 import os
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def environment_key() -> str:
-    """Return what changes whenever a package is installed, upgraded or removed: the folders' times and names."""
-    folders = [*sys.path, sysconfig.get_path("purelib")]
-    return repr([sys.version, *((folder, os.stat(folder).st_mtime_ns) for folder in folders if os.path.exists(folder))])
+    """Return what changes whenever a package is installed, upgraded or removed: the folders and their times."""
+    folders = [Path(name) for name in sys.path if Path(name).name in {"site-packages", "dist-packages"}]
+    return repr([sys.version, *((str(folder), folder.stat().st_mtime_ns) for folder in folders if folder.exists())])
 
 
 class Remembered:

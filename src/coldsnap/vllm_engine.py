@@ -174,7 +174,9 @@ def load(environ: Mapping[str, str]) -> Deferral:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
     found = remembered.Remembered(_cache(environ) / "coldsnap-imports", remembered.environment_key())
     tested = version().partition("+")[0] in _TESTED
-    Deferral(_LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}).begin()
+    Deferral(
+        _LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}
+    ).begin()
     search = importlib.metadata.packages_distributions
     importlib.metadata.packages_distributions = lambda: found.answer("packages_distributions", search)
     if environ.get("TORCHDYNAMO_DISABLE") == "1" and tested:
