@@ -13,7 +13,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -106,14 +106,19 @@ class Deferral(importlib.abc.MetaPathFinder):
 
     def _alone(self, name: str) -> bool:
         """Return whether this would be a part without its package that needs the package."""
-        packages = {package for package in self._waiting if _within(name, {package})}
         if not self.open:
-            return bool(packages)
-        return bool(packages & self.answers.keys()) and not _within(name, self._parts)
+            return _within(name, self._waiting)
+        return (
+            bool(self.answers) and _within(name, self._waiting & self.answers.keys()) and not _within(name, self._parts)
+        )
 
 
-def _within(name: str, packages: Collection[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+def _within(name: str, packages: Container[str]) -> bool:
+    """Return whether `name` is one of `packages`, or a part of one. Asked at every import: by prefix, not by package."""
+    prefix = name
+    while prefix and prefix not in packages:
+        prefix = prefix.rpartition(".")[0]
+    return bool(prefix)
 
 
 class _ShellLoader(importlib.abc.Loader):
