@@ -35,7 +35,7 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
-from coldsnap.pace import Pace, PacedQueue
+from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
@@ -211,6 +211,7 @@ def boot(
     `mark` is called with the name of each phase as it ends: `configure`, `engine`.
     Raises `SettingsError` for a wrong argument and `EngineBootError` for anything else that vLLM refuses.
     """
+    import vllm.envs
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -257,6 +258,7 @@ def boot(
             accounts.reader.opened()
     if energy is not None:
         energy.start()
+    vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
@@ -438,10 +440,8 @@ class VllmEngine:
 def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
-        """A request's outputs."""
+    processor = _paced(pace)
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -462,6 +462,12 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
             accounts.close(account, aborted=aborted)
 
     class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.output_processor.__class__ = processor
+            # It counts tokens for Prometheus at each step; `/metrics` is closed, and nobody reads what it logs.
+            self.logger_manager = None
+
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
@@ -471,19 +477,36 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
                 calls.append(call)
             return call
 
-        async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            queue = await super().add_request(request_id, prompt, params, *args, **kwargs)
-            if queue.aggregate:  # a stream of deltas
-                queue.__class__ = Queue
-                queue.begin(pace)
-            return queue
-
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
             return metered(super().encode(prompt, pooling_params, request_id, *args, **kwargs), request_id, 1)
 
     return MeteredLLM
+
+
+def _paced(pace: Pace) -> type:
+    """Return vLLM's `OutputProcessor`, with every stream of deltas paced."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
+
+    class Paced(PacedRequest, RequestState):  # type: ignore[misc] # vLLM is not followed
+        """A request's tokens."""
+
+    class Processor(OutputProcessor):  # type: ignore[misc] # vLLM is not followed
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_request(request, *args, **kwargs)
+            state = self.request_states[request.request_id]
+            # A stream of deltas; not one of an input that is a stream itself.
+            if state.__class__ is RequestState and state.queue and state.queue.aggregate and not state.streaming_input:
+                if not isinstance(state.queue, Queue):  # with `n` above 1 there are several requests to it
+                    state.queue.__class__ = Queue
+                    state.queue.begin(pace)
+                state.__class__ = Paced
+
+    return Processor
 
 
 def _unmetered(config: Any) -> str | None:
