@@ -95,7 +95,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"`bench/cache_bundle.py`, two CPU cores, tiny W8A8 model, page cache warm, median of {rounds} rounds in turn,",
         "seconds from the process's start to ready. `without`: a new machine. `bundle`: the same, with a bundle in a",
-        "folder. `caches`: a machine that has its caches. `both`: that machine, and a bundle that it fetches for nothing.",
+        "folder. `caches`: a machine that has its caches. `both`: that machine, and a bundle fetched for nothing.",
     ]
     for engine, found in results.items():
         boots = found["boots"]
