@@ -88,6 +88,7 @@ ENV VIRTUAL_ENV=/app/.venv \
     SNAPSHOT_DIR=${SNAPSHOT:+/app/snapshots/$SNAPSHOT} \
     VLLM_CACHE_ROOT=/app/.cache/vllm \
     VLLM_NO_USAGE_STATS=1 \
+    TORCHINDUCTOR_CACHE_DIR=/app/.cache/inductor \
     TRITON_CACHE_DIR=/app/.cache/triton \
     FLASHINFER_WORKSPACE_BASE=/app \
     HF_HOME=/app/.cache/huggingface

@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test families check image-check format lock schema env snapshot clean
+.PHONY: help demo test families check image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -32,6 +32,11 @@ check: ## formatting, lint, types, the README's file tree
 image-check: ## build the CPU image, run the demo job in it, search it for secrets (root)
 	@scripts/setup.sh demo
 	@$(py) scripts/image_check.py
+
+desk-check: ## test `coldsnap serve` with a browser and Prometheus, installed where missing (root)
+	@scripts/setup.sh test
+	@scripts/desk_tools.sh
+	@$(py) -m pytest -q tests/desk
 
 format: ## format, and fix what ruff can fix
 	@scripts/setup.sh test

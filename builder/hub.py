@@ -145,8 +145,8 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
     except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BakeError(
-            f"{repo}: {constants.ENDPOINT} could not be reached or broke off: {reason}; run the same command again, "
-            f"it goes on where it was"
+            f"{repo}: no folder here, and {constants.ENDPOINT} could not be reached or broke off: {reason}; "
+            "run the same command again, it goes on where it was"
         ) from error
 
 

@@ -95,7 +95,7 @@ class TestSnapshot:
 
     async def test_a_place_that_is_none_is_refused_before_the_bake(self, model: Path, tmp_path: Path) -> None:
         ended = await bake(model, "--out", tmp_path / "out", *W8A8, "--push", "bucket/prefix", home=tmp_path)
-        assert ended.error == "--push: expected s3://bucket/prefix with a valid bucket's name, found 'bucket/prefix'"
+        assert ended.error.startswith("--push: expected s3://bucket/prefix, the bucket of 3 to 63 of a-z, 0-9, . and -")
         assert not (tmp_path / "out").exists()
 
     async def test_nothing_is_left_beside_it(self, folder: tuple[Path, Baked]) -> None:

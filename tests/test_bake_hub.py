@@ -131,4 +131,4 @@ async def test_a_hub_that_is_not_there_is_named(tmp_path: Path) -> None:
     ended = await bake(
         "org/model", "--out", tmp_path / "out", home=tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9"
     )
-    assert ended.error.startswith("org/model: http://127.0.0.1:9 could not be reached or broke off")
+    assert ended.error.startswith("org/model: no folder here, and http://127.0.0.1:9 could not be reached or broke off")

@@ -34,7 +34,7 @@ def test_objects_below_the_place_are_read_and_overlapping_ones_count_once(
     html, out = page.read_text("utf-8"), capsys.readouterr().out
     for text in (html, out):
         assert "30.000" in text
-        assert "5 line(s) were met again" in text
+        assert "Counted once, met in an upload and its local file: 5 lines" in text
         assert f"{s3_place}e1/w1/20261120T120020-0b.jsonl.gz, line 16: not a whole line of JSON" in text
         assert "left no totals at all" in text
     assert "Written by coldsnap report" in html

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from botocore.exceptions import ClientError
 
 from coldsnap.errors import S3Error, SettingsError
 from coldsnap.s3 import Bucket, Object, Place
@@ -53,6 +56,10 @@ def test_missing_credentials_and_a_wrong_address_are_named(s3_place: Place, monk
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(S3Error, match=r'/a: Could not connect to the endpoint URL: "http://127.0.0.1:9'):
         Bucket(s3_place, attempts=1).put("a", b"")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(S3Error, match="AWS_ENDPOINT_URL: expected http://… or https://…: Invalid endpoint: nonsense"):
+        Bucket(s3_place)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
@@ -60,3 +67,40 @@ def test_missing_credentials_and_a_wrong_address_are_named(s3_place: Place, monk
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(S3Error, match="no credentials: set AWS_ACCESS_KEY_ID"):
         Bucket(s3_place).put("a", b"")
+
+
+def test_an_object_is_created_once(s3_place: Place) -> None:
+    bucket = Bucket(s3_place)
+    assert bucket.create("a", b"first")
+    assert not bucket.create("a", b"second")
+    assert bucket.get("a") == b"first"
+    with pytest.raises(S3Error, match="there is no such bucket"):
+        Bucket(Place("no-such-bucket", "")).create("a", b"")
+
+
+def test_a_server_that_knows_no_conditions_is_asked_whether_there_is_one(
+    s3_place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Bucket(s3_place)
+    put = bucket.client.put_object
+
+    def refuse(**given: Any) -> Any:
+        if "IfNoneMatch" in given:
+            raise ClientError({"Error": {"Code": "NotImplemented"}}, "PutObject")
+        return put(**given)
+
+    monkeypatch.setattr(bucket.client, "put_object", refuse)
+    assert bucket.create("a", b"first")
+    assert not bucket.create("a", b"second")
+    assert bucket.get("a") == b"first"
+
+
+def test_an_object_is_streamed_with_its_size(s3_place: Place) -> None:
+    bucket = Bucket(s3_place)
+    bucket.put("a", b"x" * 1_000_000)
+    size, pieces = bucket.stream("a")
+    assert size == 1_000_000
+    assert b"".join(pieces) == b"x" * size
+    with pytest.raises(S3Error) as missing:
+        bucket.stream("b")
+    assert missing.value.missing

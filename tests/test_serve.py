@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,28 @@ import pytest_asyncio
 from aiohttp import web
 from serving import KEY, ROOT, Serve, until
 
-from coldsnap.errors import Refused
+from coldsnap.errors import Refused, ServeError
+from coldsnap.platform.boots import reason
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
-from coldsnap.platform.job import JobState, Terms
+from coldsnap.platform.gateway import _Events
+from coldsnap.platform.job import Job, JobState, Terms
 from coldsnap.platform.scaler import Scaling
 from coldsnap.platform.store import Store
 from coldsnap.platform.submission import Submission
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-HANDLER = """
+HANDLER = r"""
 import asyncio, os, runpod
 
 async def handler(job):
-    given = job["input"]
+    given = job["input"].get("openai_input", job["input"])
     for number in range(given.get("chunks", 1)):
+        if given.get("stream"):
+            yield f"data: {number}\n\n"
+            await asyncio.sleep(given["pause"])
+            continue
         yield {"number": number, "attempt_of": os.environ["RUNPOD_POD_ID"], "s3": "s3Config" in job}
     await asyncio.sleep(given.get("seconds", 0))
     if given.get("die"):
@@ -235,6 +243,110 @@ async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path,
         assert (await second.post(f"cancel/{outlasts}"))["status"] == "CANCELLED"
 
 
+async def test_who_waits_on_a_connection_at_a_forced_stop_is_told_so(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler) as serve:
+        await serve.says("worker-1 takes jobs")
+        streamed = await serve.run({"chunks": 1, "seconds": 60})
+        while not (await serve.get(f"stream/{streamed}"))["stream"]:
+            await asyncio.sleep(0.05)
+
+        async def stream() -> list[tuple[int, str]]:
+            seen = []
+            while serve.process.returncode is None:
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    code, answer = await serve.call("GET", f"stream/{streamed}")
+                    seen.append((code, answer["status"]))
+            return seen
+
+        running = [
+            asyncio.create_task(serve.call("POST", "runsync", {"input": {"seconds": 60}})),
+            asyncio.create_task(serve.call("POST", "openai/v1/chat/completions", {"seconds": 60})),
+        ]
+        streaming = asyncio.create_task(stream())
+        while (await serve.get("health"))["jobs"]["inProgress"] < 3:
+            await asyncio.sleep(0.05)
+        serve.process.send_signal(signal.SIGINT)
+        await serve.says("3 jobs may run on")
+        assert await serve.end() == 0
+        (code, answer), refused = [await task for task in running]
+        assert code == 503
+        assert re.fullmatch(
+            r"this endpoint is about to stop; job sync-\S+ is run after its next start", answer["error"]
+        )
+        error = {"message": "this endpoint is about to stop", "type": "ServiceUnavailableError"}
+        assert refused == (503, {"error": error | {"param": None, "code": 503}})
+        states = await streaming
+        assert {code for code, _ in states} == {200}
+        assert states[-1] == (200, "FAILED")
+        assert "Traceback" not in serve.log
+    async with Serve(tmp_path, "--handler", handler, "--workers", "0") as serve:
+        status = await serve.get(f"status/{streamed}")
+        assert status["status"] == "FAILED"
+        assert status["error"].startswith("worker-1 was stopped while it ran the job; some of its output")
+        sync = re.search(r"sync-\S+", answer["error"])
+        assert sync is not None
+        assert (await serve.get(f"status/{sync[0]}"))["status"] in {"IN_QUEUE", "IN_PROGRESS"}
+        await serve.post(f"cancel/{sync[0]}")
+
+
+async def streamed(serve: Serve, body: dict[str, Any], leave_after: int = 0) -> list[str]:
+    """Return the events of an OpenAI stream, the first ones if the client leaves."""
+    events: list[str] = []
+    async with serve.http.post(f"{serve.url}/openai/v1/chat/completions", json=body | {"stream": True}) as response:
+        assert response.status == 200
+        async for line in response.content:
+            events += [line.decode().strip()] if line.strip() else []
+            if len(events) == leave_after:
+                break
+    return events
+
+
+async def test_two_hundred_openai_streams_at_once_come_whole_or_end_with_why(tmp_path: Path, handler: str) -> None:
+    async with Serve(tmp_path, "--handler", handler, "--max-workers", "2") as serve:
+        await serve.says("worker-1 takes jobs")
+        await serve.http.close()
+        connector = aiohttp.TCPConnector(limit=0)
+        serve.http = aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}, connector=connector)
+        body = {"chunks": 5, "pause": 0.01}
+        streams = await asyncio.gather(*[streamed(serve, body) for _ in range(200)])
+        assert streams == [[f"data: {number}" for number in range(5)]] * 200
+
+        forever = {"chunks": 10_000, "pause": 0.05}
+        assert await streamed(serve, forever, leave_after=2) == ["data: 0", "data: 1"]
+        while (await serve.get("health"))["jobs"]["inProgress"]:
+            await asyncio.sleep(0.05)  # the job ends with its client
+
+        streams = [asyncio.create_task(streamed(serve, forever)) for _ in range(4)]
+        while (await serve.get("health"))["jobs"]["inProgress"] < 4:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        for leader in serve.workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leader, signal.SIGKILL)
+        for stream in streams:
+            *events, last = await stream
+            assert events == [f"data: {number}" for number in range(len(events))] != []
+            error = json.loads(last.removeprefix("data: "))["error"]
+            assert error["code"] == 500
+            assert "was ended by SIGKILL while it ran the job; some of its output" in error["message"]
+
+
+async def test_a_stream_that_ended_long_ago_is_cancelled_nowhere() -> None:
+    job, cancelled, sent = Job("one", 0, b""), [], []
+    job.add_chunk("data: 1\n\n")
+    job.end(JobState.COMPLETED)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await _Events(job, cancelled.append)({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    assert [message.get("body") for message in sent] == [None, b"data: 1\n\n", b""]
+    assert cancelled == []
+
+
 async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: Path, handler: str) -> None:
     scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5"]
     rule = ["--scaler", "request-count", "--scaler-value", "1"]
@@ -252,14 +364,95 @@ async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: 
         assert (await serve.get("health"))["workers"]["ready"] == 0
 
 
+async def test_by_queue_delay_workers_come_one_by_one_up_to_the_most_and_all_go(tmp_path: Path, handler: str) -> None:
+    scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5", "--scaler-value", "0.3"]
+    async with Serve(tmp_path, "--handler", handler, *scaling) as serve:
+        jobs = [await serve.run({"seconds": 0.5}) for _ in range(48)]  # a worker runs 8 at a time
+        ended = [await serve.ended(job) for job in jobs]
+        assert {status["status"] for status in ended} == {"COMPLETED"}
+        assert {status["workerId"] for status in ended} == {"worker-1", "worker-2"}
+        order = ["worker-1 starts", "worker-1 takes jobs", "worker-2 starts", "worker-2 takes jobs"]
+        assert sorted(order, key=serve.log.index) == order
+        await until(lambda: serve.log.count("was idle for 0.5 s and is stopped") == 2)
+        await until(lambda: serve.processes() == [])
+        assert len(serve.workers) == 2  # never more, whatever waited
+        again = await serve.run({})
+        assert (await serve.ended(again))["workerId"] == "worker-3"
+
+
 async def test_a_handler_that_does_not_start_is_said_and_not_started_again_at_once(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no model here')")
     async with Serve(tmp_path, "--handler", str(broken)) as serve:
         await serve.says("worker-2 ended with exit code 1; the end of its log:\n    no model here")
-        await asyncio.sleep(0.5)
         assert len(serve.workers) == 2
         assert (await serve.get("health"))["workers"]["unhealthy"] == 1
+
+
+BOOTS_WHEN_MENDED = """
+import pathlib, sys, runpod
+
+if not pathlib.Path(__file__).with_name("mended").exists():
+    print("coldsnap: MAX_MODEL_LEN: 4 is too short", file=sys.stderr)
+    print("[a last word of something else]")
+    sys.exit(1)
+
+async def handler(job):
+    yield job["input"]
+
+runpod.serverless.start({"handler": handler, "return_aggregate_stream": True})
+"""
+
+
+async def test_while_no_worker_boots_who_waits_is_told_why_and_what_is_queued_runs_when_it_is_mended(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "handler.py"
+    path.write_text(BOOTS_WHEN_MENDED)
+    async with Serve(tmp_path, "--handler", str(path), "--workers", "0", "--max-workers", "2") as serve:
+        body = {"input": 1}
+        queued, openai, sync = await asyncio.gather(
+            serve.run(1), serve.call("POST", "openai/v1/chat/completions", body), serve.post("runsync", body)
+        )
+        why = "workers do not start: 3 boots in a row failed, the last with: MAX_MODEL_LEN: 4 is too short"
+        error = {"message": why, "type": "ServiceUnavailableError", "param": None, "code": 503}
+        assert openai == (503, {"error": error})
+        assert (sync["status"], sync["error"]) == ("FAILED", why)
+        log = serve.state.parent / "workers" / "worker-3.log"
+        assert f"coldsnap: {why} ({log}); the next in 4 s; waiting for one: 1 job\n" in serve.log
+        health = await serve.get("health")
+        assert (health["workers"]["unhealthy"], health["workers"]["initializing"], health["error"]) == (1, 0, why)
+        async with serve.http.post(f"{serve.url}/runsync", json=body) as response:
+            assert (response.status, await response.json()) == (503, {"error": why})
+            assert 1 <= int(response.headers["Retry-After"]) <= 4
+        assert (await serve.get(f"status/{queued}"))["status"] == "IN_QUEUE"
+        (tmp_path / "mended").touch()
+        assert (await serve.ended(queued))["output"] == [1]
+        health = await serve.get("health")
+        assert (health["workers"]["unhealthy"], health["workers"]["ready"], "error" in health) == (0, 1, False)
+
+
+async def test_a_worker_that_runs_goes_on_while_others_do_not_boot(tmp_path: Path) -> None:
+    path = tmp_path / "handler.py"
+    path.write_text('import os\nassert os.environ["RUNPOD_POD_ID"] == "worker-1", "no room"\n' + HANDLER)
+    async with Serve(tmp_path, "--handler", str(path), "--workers", "2") as serve:
+        await serve.says("workers do not start: 3 boots in a row failed, the last with: AssertionError: no room")
+        assert (await serve.post("runsync", {"input": {}}))["status"] == "COMPLETED"
+        health = (await serve.get("health"))["workers"]
+        assert (health["unhealthy"], health["ready"]) == (1, 1)
+
+
+async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    cases = {
+        b"coldsnap: a warning\ncoldsnap: WHY: because\nINFO more\n\n": "WHY: because",
+        b"Traceback (most recent call last):\n  File\nValueError: x\n": "ValueError: x",
+        b"\xff\n": "\ufffd",
+        b"\n \n": None,
+    }
+    for text, expected in cases.items():
+        log.write_bytes(text)
+        assert reason(log) == expected
 
 
 async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
@@ -271,6 +464,13 @@ async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
             "`coldsnap serve`; name another file\n",
             ("--workers", "2", "--max-workers", "1"): "coldsnap: --max-workers 1: fewer than --workers 2\n",
             ("--handler", "nowhere.py"): "coldsnap: --handler nowhere.py: there is no such file\n",
+            ("--handler", "/tmp"): "coldsnap: --handler /tmp: that is not a file\n",
+            ("--host", "nowhere.invalid"): "coldsnap: --host nowhere.invalid --port 8000: ",
+            (
+                "--scaler=request-count",
+                "--scaler-value",
+                "0",
+            ): "coldsnap: --scaler-value 0: at least 1 request for each",
             ("--endpoint", "a/b"): "coldsnap: --endpoint 'a/b': letters, digits and - are expected\n",
         }
         for options, message in cases.items():
@@ -278,7 +478,68 @@ async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
             command = [sys.executable, "-c", "import sys; from coldsnap.cli import main; sys.exit(main())", *given]
             environ = os.environ | {"PYTHONPATH": str(ROOT / "src")}
             ended = await asyncio.to_thread(subprocess.run, command, env=environ, capture_output=True, text=True)
-            assert (ended.returncode, ended.stderr) == (1, message)
+            assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+            assert ended.stderr.startswith(message)
+            assert "rror -" not in ended.stderr
+
+
+def foreign(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE job (name)")
+
+
+def newer(path: Path) -> None:
+    Store(path, print).__exit__()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 99")
+
+
+def damaged(path: Path) -> None:
+    with Store(path, print) as store:
+        for number in range(50):
+            store.add(Job(f"job-{number}", number, b"x" * 500))
+    data = bytearray(path.read_bytes())
+    data[4096:8192] = b"?" * 4096
+    path.write_bytes(data)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "text": (lambda path: path.write_text("some text\n" * 100), "cannot be used: file is not a database; name another"),
+    "foreign": (foreign, "the database of another program; name another file"),
+    "newer": (newer, "made by a newer coldsnap; name another file"),
+    "damaged": (damaged, "the file is damaged"),
+    "a folder": (Path.mkdir, "that is not a file; name one, which need not be there"),
+    "below a file": (lambda path: path.parent.touch(), "cannot be used: {parent}: File exists"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+async def test_a_state_file_that_is_none_is_said_and_left_as_it_is(tmp_path: Path, case: str) -> None:
+    make, why = UNUSABLE[case]
+    path = tmp_path / "sub" / "serve.db"
+    if case != "below a file":
+        path.parent.mkdir()
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(ServeError) as refused:
+        Store(path, print)
+    assert str(refused.value).startswith(f"--state {path}: {why.format(parent=path.parent)}")
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+async def test_a_new_folder_for_the_state_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        Store(tmp_path / "new" / "one" / "serve.db", said.append).__exit__()
+    assert said == [f"made the folder {tmp_path}/new/one for --state"]
+
+
+async def test_logs_that_cannot_be_written_are_a_boot_that_failed(tmp_path: Path, handler: str) -> None:
+    (tmp_path / "workers").touch()
+    async with Serve(tmp_path, "--handler", handler) as serve:
+        await serve.says("worker-1 could not be started: .*File exists: '.*/workers'; the next in 1 s")
+        (tmp_path / "workers").unlink()
+        assert (await serve.post("runsync", {"input": {}}))["status"] == "COMPLETED"
 
 
 # The clock, in this process.
@@ -345,6 +606,21 @@ async def test_after_a_restart_what_ran_waits_again_unless_a_client_has_a_part_o
         assert "some of its output had been delivered" in (again[1].error or "")
         assert [job.id for job in endpoint.plane.queue] == [jobs[0].id, jobs[2].id]
         assert json.loads(again[2].payload) == {"id": jobs[2].id, "input": 2}
+
+
+async def test_counts_of_jobs_outlive_the_process(tmp_path: Path) -> None:
+    async with keeping(tmp_path / "db") as endpoint:
+        for durable in (True, False):
+            endpoint.plane.cancel(endpoint.plane.submit(1, terms=Terms(durable=durable)).id)
+        failed = endpoint.plane.submit(1, terms=Terms(durable=True))
+        endpoint.plane.stop(failed, JobState.TIMED_OUT, "it took too long")
+        endpoint.retry(failed)
+        before = dict(endpoint.plane.counts)
+    assert before == {"CANCELLED": 2, "TIMED_OUT": 1, "retried": 1}
+    async with keeping(tmp_path / "db") as endpoint:
+        assert endpoint.plane.counts == before
+        endpoint.plane.cancel(failed.id)
+        assert endpoint.plane.counts["CANCELLED"] == 3
 
 
 async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:

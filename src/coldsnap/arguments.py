@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -78,10 +78,8 @@ def parse(
             raise SettingsError(f"coldsnap.json: engine_args.{name}: vLLM has no such argument{hint}")
         if value is not None:  # null: vLLM's default
             take(name, value, f"coldsnap.json: engine_args.{name}")
-    for variable, value in sorted(environ.items(), key=lambda item: item[0] in ALIASES):  # an alias wins
-        name = ALIASES.get(variable) or (variable.lower() if variable.isupper() else "")
-        if name in actions and name not in _NOT_FROM_ENVIRONMENT and value.strip():
-            take(name, value.strip(), variable)
+    for name, value, variable in given(environ, actions):
+        take(name, value, variable)
     for name, value in fixed.items():
         take(name, value, name)
     argv: list[str] = []
@@ -93,6 +91,16 @@ def parse(
 
     parser.error = fail  # type: ignore[method-assign]
     return Arguments(parser.parse_args(argv), origins, _suspects(environ, actions))
+
+
+def given(environ: Mapping[str, str], names: Container[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield name, value and variable of each argument that `environ` sets; `names` are those that vLLM has."""
+    for variable, value in sorted(
+        environ.items(), key=lambda item: item[0] in ALIASES
+    ):  # an alias comes last, and wins
+        name = ALIASES.get(variable) or (variable.lower() if variable.isupper() else "")
+        if name in names and name not in _NOT_FROM_ENVIRONMENT and value.strip():
+            yield name, value.strip(), variable
 
 
 def blame(arguments: Arguments, message: str) -> str:

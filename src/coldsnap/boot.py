@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldsnap import arguments, fitness, sources, vllm_engine
+from coldsnap import arguments, caches, fitness, sources, vllm_engine
+from coldsnap.caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
 from coldsnap.records import ColdStart, origin
 from coldsnap.settings import Settings
@@ -34,6 +35,9 @@ class Booted:
     timeline: Timeline
     manifest: Manifest | None
     supply: Supply = HUB
+    caches: Caches | None = None
+    """None where bundles are not shared."""
+    cached: Cached = OFF
 
     def cold_start(self) -> ColdStart:
         """Return the record of this boot; its phases add up to now."""
@@ -51,8 +55,21 @@ class Booted:
             verified=supply.verified,
             fetched_bytes=supply.fetched_bytes,
             fetch_gb_per_second=speed,
+            cache=self.cached.state,
+            cache_because=self.cached.because,
+            cache_bundle=self.cached.fingerprint,
+            cache_bytes=self.cached.bytes,
             model=info.models[0],
+            limits=info.limits,
+            max_concurrency=self.settings.max_concurrency,
         )
+
+    def bundle(self) -> dict[str, Any] | None:
+        """Return the bundle that should be made of the caches now, None if there is nothing to make; see `caches`."""
+        if self.caches is None:
+            return None
+        seconds = sum(self.timeline.phases[phase] for phase in ("configure", "engine"))
+        return caches.making(self.cached, self.caches.started, round(seconds, 3))
 
 
 def boot(
@@ -77,6 +94,7 @@ def boot(
     others = Settings.others(environ)
     wanted = vllm_engine.environment(environ, known.engine_args if known else {})
     environ.update(wanted | _offline(settings, offline=search.offline))
+    shared = _caches(settings, environ, search)
     timeline.mark("settings")
 
     vllm_engine.load(environ)
@@ -86,6 +104,13 @@ def boot(
     supply = found.result()
     timeline.beside |= {name: seconds for name, seconds in supply.beside.items() if seconds}
     timeline.mark("fetch" if supply.source == "s3" else "verify")
+    cached = OFF
+    if shared is not None:
+        cached = shared.result()
+        if complaint := shared.complaint(cached):
+            _warn(complaint)
+        timeline.beside["cache"] = cached.seconds
+        timeline.mark("cache")
 
     spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}
     manifest = supply.manifest
@@ -105,7 +130,24 @@ def boot(
     for name, spare in spares.items():
         timeline.beside[name] = spare.result()
         timeline.mark(name)
-    return Booted(engine, settings, timeline, manifest, supply)
+    return Booted(engine, settings, timeline, manifest, supply, shared, cached)
+
+
+def _caches(settings: Settings, environ: MutableMapping[str, str], search: sources.Search) -> Caches | None:
+    """Begin to look for this boot's compile caches, in a process of its own."""
+    place = settings.caches()
+    if place is None:
+        return None
+    folders, names = vllm_engine.cache_folders(environ), vllm_engine.argument_names()
+    shared = Caches(place, folders, names, gpu=not vllm_engine.is_cpu_build())
+    shared.begin(environ)
+
+    def ask(found: Future[Supply]) -> None:
+        supply = found.result()
+        shared.ask(supply, str(supply.folder or settings.model_name))
+
+    search.announced.add_done_callback(ask)
+    return shared
 
 
 def _offline(settings: Settings, *, offline: bool) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -16,8 +17,13 @@ from coldsnap.errors import ColdsnapError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
     "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
+    "plan": (
+        "coldsnap.plan.command",
+        "Which workers and timeouts to choose for a trace: cost against time to first token.",
+    ),
     "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
+    "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
     "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),
 }
 """Name -> module, and what it does in one line."""
@@ -27,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 1 after an error (one line on stderr), 2 for wrong usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -36,12 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.set_defaults(run=imported.run)
     try:
         options = parser.parse_args(given)
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
     except ColdsnapError as error:
         print(f"coldsnap: {error.message}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` has read enough
-        sys.stderr.close()
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 -- what is left to write must go somewhere
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
+    return code
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"coldsnap {version('coldsnap')}")  # noqa: T201
+        parser.exit()
+
+
+if __name__ == "__main__":  # where nothing is installed, as in an image: PYTHONPATH=src python -m coldsnap.cli
+    sys.exit(main())

@@ -17,6 +17,18 @@ _SETTLE_SECONDS = 1.5
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step of the engine can hold, and what all requests together can."""
+
+    max_num_seqs: int
+    """Requests in a step."""
+    max_num_batched_tokens: int
+    """Tokens computed in a step."""
+    kv_cache_tokens: int | None
+    """Tokens whose keys and values fit, None if the engine does not say."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What is being served, and on what."""
 
@@ -32,6 +44,7 @@ class EngineInfo:
     """Tokens of context: prompt and completion together."""
     weights_digest: str | None = None
     """Digest of the snapshot, if one was verified."""
+    limits: Limits | None = None
 
 
 @dataclass(slots=True)

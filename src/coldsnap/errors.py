@@ -69,6 +69,10 @@ class S3Error(ColdsnapError):
         self.missing = missing
 
 
+class CacheError(ColdsnapError):
+    """A cache bundle was not used or not stored; the message says why. The engine computes what it would have held."""
+
+
 class CommandError(ColdsnapError):
     """A command at a desk cannot do what it was asked to; the message names the option, the file or its key."""
 
@@ -79,6 +83,14 @@ class BakeError(CommandError):
 
 class ReportError(CommandError):
     """A report cannot be made."""
+
+
+class TraceError(CommandError):
+    """A trace of requests cannot be read; the message names the file, the line and the field."""
+
+
+class PlanError(CommandError):
+    """A plan cannot be made; the message names the option, or what the ledger lacks and how to get it."""
 
 
 class ServeError(CommandError):
@@ -127,11 +139,10 @@ class MethodNotAllowed(InvalidInput):
 class Refused(JobError):
     """`coldsnap serve` does not take a client's request; `status` says why, `retry_after` (s) when to ask again."""
 
-    type = "invalid_request_error"
-
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.type = {500: JobError.type, 503: Draining.type}.get(status, "invalid_request_error")
         self.retry_after = retry_after
 
 

@@ -85,7 +85,7 @@ def _gpus(nvml: Any, weights: int, runtime: tuple[int, int] | None) -> None:
     if sum(free) < weights:
         raise Unfit(
             "gpu_memory",
-            f"{count} GPU(s) have {sum(free) / _GIGA:.2f} GB free together, the weights alone are "
+            f"{sum(free) / _GIGA:.2f} GB are free on this worker's GPUs ({count}), the weights alone are "
             f"{weights / _GIGA:.2f}: choose a larger GPU, or end what else runs on it",
         )
 

@@ -82,46 +82,53 @@ class Life:
         if self._books is not None:
             self._write(self._books, self._clock(), final=True)
 
+    def totals(self) -> Worker | None:
+        """Return the running totals as a record that is not written; None before the worker is ready."""
+        if self._books is None:
+            return None
+        return self._totals(self._books, self._clock(), self._booted.engine.usage(), final=False)
+
     def _write(self, books: Books, now: float, *, final: bool) -> None:
+        usage = self._booted.engine.usage()
+        self._written, self._steps = now, usage.steps
+        self._sink.write(self._totals(books, now, usage, final=final))
+
+    def _totals(self, books: Books, now: float, usage: Usage, *, final: bool) -> Worker:
         engine, settings = self._booted.engine, self._booted.settings
-        usage = engine.usage()
         totals = books.totals(now, usage)
         gpus, tally = engine.info.gpu_count, self._sink.tally
-        self._written, self._steps = now, usage.steps
 
         def gpu_seconds(seconds: float) -> float:
             return round(seconds * gpus, 6)
 
-        self._sink.write(
-            Worker(
-                **origin(settings, engine.info),
-                final=final,
-                gpu_seconds=gpu_seconds(totals.total),
-                cold_gpu_seconds=gpu_seconds(totals.cold),
-                busy_gpu_seconds=gpu_seconds(totals.busy),
-                overhead_gpu_seconds=gpu_seconds(totals.overhead),
-                idle_gpu_seconds=gpu_seconds(totals.idle),
-                drain_gpu_seconds=gpu_seconds(totals.drain),
-                overhead_causes={cause: gpu_seconds(each) for cause, each in totals.causes.items()},
-                joules=_since(self._at_ready.joules, usage.joules),
-                request_joules=_since(self._at_ready.request_joules, usage.request_joules),
-                billed_seconds=totals.billed,
-                usd=self.price.usd(totals.billed * gpus),
-                price_per_second=self.price.per_second,
-                requests=tally.requests,
-                prompt_tokens=tally.prompt_tokens,
-                cached_tokens=tally.cached_tokens,
-                completion_tokens=tally.completion_tokens,
-                steps=usage.steps,
-                lost_steps=usage.lost_steps,
-                metering_seconds=round(usage.metering, 6),
-                unwritten_records=tally.unwritten,
-                unsent_records=tally.unsent,
-                failed_uploads=tally.failed_uploads,
-                estimated=usage.estimated is not None,
-                estimated_because=usage.estimated,
-                fit=usage.fit,
-            )
+        return Worker(
+            **origin(settings, engine.info),
+            final=final,
+            gpu_seconds=gpu_seconds(totals.total),
+            cold_gpu_seconds=gpu_seconds(totals.cold),
+            busy_gpu_seconds=gpu_seconds(totals.busy),
+            overhead_gpu_seconds=gpu_seconds(totals.overhead),
+            idle_gpu_seconds=gpu_seconds(totals.idle),
+            drain_gpu_seconds=gpu_seconds(totals.drain),
+            overhead_causes={cause: gpu_seconds(each) for cause, each in totals.causes.items()},
+            joules=_since(self._at_ready.joules, usage.joules),
+            request_joules=_since(self._at_ready.request_joules, usage.request_joules),
+            billed_seconds=totals.billed,
+            usd=self.price.usd(totals.billed * gpus),
+            price_per_second=self.price.per_second,
+            requests=tally.requests,
+            prompt_tokens=tally.prompt_tokens,
+            cached_tokens=tally.cached_tokens,
+            completion_tokens=tally.completion_tokens,
+            steps=usage.steps,
+            lost_steps=usage.lost_steps,
+            metering_seconds=round(usage.metering, 6),
+            unwritten_records=tally.unwritten,
+            unsent_records=tally.unsent,
+            failed_uploads=tally.failed_uploads,
+            estimated=usage.estimated is not None,
+            estimated_because=usage.estimated,
+            fit=usage.fit,
         )
 
 

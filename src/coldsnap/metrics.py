@@ -21,11 +21,13 @@ from coldsnap.settings import Settings
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
-_EVERY_SECONDS = 15.0
 _TIMEOUT_SECONDS = 5.0
 _STATES = ("cold", "busy", "overhead", "idle", "drain")
 _GPU_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Upper bounds of the histogram's buckets."""
+_KINDS = ("prompt", "cached", "completion")
+_OUTCOMES = ("stop", "length", "cancelled", "internal_server_error", "EngineDeadError", "ServiceUnavailableError")
+"""There from the start, at 0: a counter that appears with its first event shows no increase."""
 
 
 class Metrics:
@@ -38,8 +40,7 @@ class Metrics:
         registry = registry or REGISTRY
         self._posts = posts
         self._totals: dict[str, float] = {}
-        self._usd: float | None = None
-        self._joules: float | None = None
+        self._worker: Worker | None = None
         self._cold = Gauge(
             "coldsnap_cold_start_seconds", "Seconds of the cold start by phase", ["phase"], registry=registry
         )
@@ -53,6 +54,10 @@ class Metrics:
         self._requests = Counter(
             "coldsnap_requests", "Requests by finish reason or error", ["outcome"], registry=registry
         )
+        for kind in _KINDS:
+            self._tokens.labels(kind)
+        for outcome in _OUTCOMES:
+            self._requests.labels(outcome)
         registry.register(self)
 
     def see(self, record: Record) -> None:
@@ -60,9 +65,8 @@ class Metrics:
         if isinstance(record, Request):
             self._cost.observe(record.gpu_seconds)
             self._requests.labels(record.error or record.finish_reason or "answered").inc()
-            self._tokens.labels("prompt").inc(record.prompt_tokens)
-            self._tokens.labels("cached").inc(record.cached_tokens)
-            self._tokens.labels("completion").inc(record.completion_tokens)
+            for kind in _KINDS:
+                self._tokens.labels(kind).inc(getattr(record, f"{kind}_tokens"))
         elif isinstance(record, ColdStart):
             for phase, seconds in record.phases.items():
                 self._cold.labels(phase).set(seconds)
@@ -70,26 +74,35 @@ class Metrics:
             for state in _STATES:
                 # Shares that lose their owner move from busy to overhead, but a counter never goes back.
                 self._totals[state] = max(self._totals.get(state, 0.0), getattr(record, f"{state}_gpu_seconds"))
-            self._usd = record.usd
-            self._joules = record.joules
+            self._worker = record
 
     def collect(self) -> Iterator[Metric]:
         """Yield what comes as totals, for the registry."""
-        from prometheus_client.core import CounterMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         seconds = CounterMetricFamily("coldsnap_gpu_seconds", "GPU-seconds of this worker by state", labels=["state"])
-        for state, total in self._totals.items():
+        for state, total in tuple(self._totals.items()):
             seconds.add_metric([state], total)
         yield seconds
-        if self._usd is not None:
-            yield CounterMetricFamily("coldsnap_cost_usd", "Estimated price of this worker's life", value=self._usd)
-        if self._joules is not None:
-            yield CounterMetricFamily("coldsnap_joules", "Energy of this worker's GPUs since ready", value=self._joules)
         yield CounterMetricFamily("coldsnap_stream_posts", "Chunks posted to the platform", value=self._posts())
+        if (worker := self._worker) is None:
+            return
+        for name, help_, value in (
+            ("cost_usd", "Estimated price of this worker's life", worker.usd),
+            ("joules", "Energy of this worker's GPUs since ready", worker.joules),
+            ("unwritten_records", "Records that the ledger's disk did not take", worker.unwritten_records),
+            ("failed_uploads", "Uploads of records that failed", worker.failed_uploads),
+            ("lost_steps", "Steps of the engine whose cost went unreported", worker.lost_steps),
+        ):
+            if value is not None:
+                yield CounterMetricFamily(f"coldsnap_{name}", help_, value=value)
+        if worker.unsent_records is not None:
+            help_ = "Records that wait for the bucket after a failed upload"
+            yield GaugeMetricFamily("coldsnap_unsent_records", help_, value=worker.unsent_records)
 
 
 class Push(Background):
-    """Pushes everything in a registry, every 15 seconds and at the end. What fails is said once, through `warn`.
+    """Pushes a whole registry, every METRICS_PUSH_SECONDS and at the end. What fails is said once, through `warn`.
 
     The group is the job `coldsnap`, the instance the worker's id, and the endpoint's id. It stays at the gateway
     when the worker ends: its last totals are still wanted.
@@ -100,6 +113,7 @@ class Push(Background):
     ) -> None:
         super().__init__("push", self.push, self._is_due)
         self._url = url
+        self._seconds = settings.metrics_push_seconds
         self._warn = warn
         self._registry = registry
         self._group = {"instance": settings.worker_id, "endpoint": settings.endpoint_id}
@@ -107,7 +121,7 @@ class Push(Background):
         self._warned = False
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._pushed >= _EVERY_SECONDS
+        return time.monotonic() - self._pushed >= self._seconds
 
     def push(self) -> None:
         """Push now."""
@@ -134,4 +148,4 @@ class Push(Background):
         except (OSError, ValueError, http.client.HTTPException) as error:  # urllib wraps not all of them
             if not self._warned:
                 self._warned = True
-                self._warn(f"METRICS_PUSH_URL: {place}: {error}; pushes are tried again every {_EVERY_SECONDS:g} s")
+                self._warn(f"METRICS_PUSH_URL: {place}: {error}; pushes are tried again every {self._seconds:g} s")

@@ -50,13 +50,20 @@ class Price:
         return None if self.per_second is None else gpu_seconds * self.per_second
 
 
+def tariff(gpu: str) -> Tariff | None:
+    """Return a GPU's line of the table by the name that its driver reports."""
+    for pattern, found in TABLE.items():
+        if re.search(rf"(?<![A-Za-z0-9])({pattern})(?![A-Za-z0-9])", gpu):
+            return found
+    return None
+
+
 def of(gpu: str, given: float | None = None) -> Price:
     """Return the flex price of a GPU by the name that its driver reports; `given` overrides the table."""
     if given is not None:
         return Price(given, "GPU_PRICE_PER_SECOND")
-    for pattern, tariff in TABLE.items():
-        if re.search(rf"(?<![A-Za-z0-9])({pattern})(?![A-Za-z0-9])", gpu):
-            return Price(tariff.flex, f"table of {DATE}")
+    if (found := tariff(gpu)) is not None:
+        return Price(found.flex, f"table of {DATE}")
     return Price(
         None,
         f"{gpu!r} is not in the price table of {DATE}; set GPU_PRICE_PER_SECOND to have costs in dollars",

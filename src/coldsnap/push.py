@@ -66,8 +66,8 @@ def push(folder: Path, place: Place, *, on_bytes: Callable[[int], None] = lambda
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `coldsnap push`."""
-    parser.add_argument("folder", type=Path, help="the snapshot: a folder with a coldsnap.json")
-    parser.add_argument("place", help="s3://bucket/prefix; boto3 finds credentials and endpoint")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the snapshot: a folder with a coldsnap.json")
+    parser.add_argument("place", metavar="PLACE", help="s3://bucket/prefix; boto3 finds credentials and endpoint")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
-from coldsnap.engine import EngineInfo, Fit
+from coldsnap.caches import State
+from coldsnap.engine import EngineInfo, Fit, Limits
 from coldsnap.settings import Settings
 from coldsnap.sources import Kind
 
@@ -57,6 +58,9 @@ class ColdStart(Record):
 
     `source` is where the model was found; `verified` that every file's BLAKE3 digest was compared with a manifest.
     `fetched_bytes` came over the network at `fetch_gb_per_second` (1e9 bytes); null where vLLM downloads itself.
+    `limits` are the engine's, `max_concurrency` is how many jobs the worker takes at once: `coldsnap plan` needs them.
+    `cache` is what became of the compile caches' bundle (`cache_bundle` is its fingerprint, `cache_bytes` its size):
+    found, missing, `refused` because it is damaged or another's, `late`, `failed` or not asked for; `cache_because`.
     A `revived` worker went through none: its process was frozen, suspended or restored (`revival`) and was away
     for `away_seconds`, which its books leave out.
     """
@@ -73,7 +77,13 @@ class ColdStart(Record):
     verified: bool
     fetched_bytes: int | None
     fetch_gb_per_second: float | None
+    cache: State = "off"
+    cache_because: str | None = None
+    cache_bundle: str | None = None
+    cache_bytes: int | None = None
     model: str
+    limits: Limits | None = None
+    max_concurrency: int | None = None
 
 
 class Request(Record):

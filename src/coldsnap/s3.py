@@ -38,7 +38,8 @@ class Place:
         match = _URI.fullmatch(uri)
         if match is None:
             raise SettingsError(
-                f"{variable}: expected s3://bucket/prefix with a valid bucket's name, found {uri!r:.200}"
+                f"{variable}: expected s3://bucket/prefix, the bucket of 3 to 63 of a-z, 0-9, . and -, "
+                f"found {uri!r:.200}"
             )
         prefix = (match["prefix"] or "").strip("/")
         return cls(match["bucket"], f"{prefix}/" if prefix else "")
@@ -73,13 +74,32 @@ class Bucket:
             max_pool_connections=_CONNECTIONS,
             response_checksum_validation="when_required",  # who reads a range compares a digest of the whole
         )
-        with _translated(str(place)):
-            self.client: Any = boto3.session.Session().client("s3", config=config)
+        try:
+            with _translated(str(place)):
+                self.client: Any = boto3.session.Session().client("s3", config=config)
+        except ValueError as error:  # boto3's word for an address that is none
+            raise S3Error(f"{place}: AWS_ENDPOINT_URL: expected http://… or https://…: {error}") from error
 
     def put(self, name: str, data: bytes, *, metadata: Mapping[str, str] | None = None) -> None:
         """Store `data` as `name`, replacing what is there. It is stored whole or not at all."""
         with self.naming(name):
             self.client.put_object(Bucket=self.place.bucket, Key=self._key(name), Body=data, Metadata=metadata or {})
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Store `data` as `name` unless there is such an object already; return whether it was stored."""
+        try:
+            with self.naming(name):
+                self.client.put_object(Bucket=self.place.bucket, Key=self._key(name), Body=data, IfNoneMatch="*")
+        except S3Error as error:
+            code = _code(error.__cause__)
+            if code in _THERE_ALREADY:
+                return False
+            if code not in _NO_CONDITIONS:
+                raise
+            if self.find(name):
+                return False
+            self.put(name, data)
+        return True
 
     def upload(
         self,
@@ -110,6 +130,22 @@ class Bucket:
         except S3Error:  # cut off: the rest comes in another way
             return bytes(self.read(name, 0, answer["ContentLength"]))
         return data
+
+    def stream(self, name: str) -> tuple[int, Iterator[bytes]]:
+        """Return the object's size and its bytes, piece by piece."""
+        answer = self._open(name)
+        size = answer["ContentLength"]
+        return size, self._continued(name, answer, size)
+
+    def _continued(self, name: str, answer: Any, size: int) -> Iterator[bytes]:
+        got = 0
+        try:
+            with self.naming(name), closing(answer["Body"]) as body:
+                for piece in body.iter_chunks(_READ_BYTES):
+                    got += len(piece)
+                    yield piece
+        except S3Error:  # cut off
+            yield bytes(self.read(name, got, size - got))
 
     def read(self, name: str, start: int, size: int) -> bytearray:
         """Return `size` bytes of the object from `start` on.
@@ -204,6 +240,14 @@ _REMEDIES = {
     "InvalidRange": "the object is shorter than expected",
 }
 _MISSING = {"NoSuchKey", "404"}
+_THERE_ALREADY = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+_NO_CONDITIONS = {"NotImplemented", "501"}
+"""What servers say that cannot store under a condition."""
+
+
+def _code(error: object) -> str:
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 @contextmanager
@@ -214,7 +258,7 @@ def _translated(what: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
+        code = _code(error)
         raise S3Error(f"{what}: {_REMEDIES.get(code, error)}", missing=code in _MISSING) from error
     except NoCredentialsError as error:
         raise S3Error(f"{what}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error

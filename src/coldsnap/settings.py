@@ -39,6 +39,16 @@ def _place(value: Any, info: ValidationInfo) -> Any:
     return Place.parse(value, str(info.field_name).upper()) if isinstance(value, str) else value
 
 
+def _shared(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, str) or value == "off":
+        return value
+    if value.startswith("s3://"):
+        return _place(value, info)
+    if not value.startswith("/"):
+        raise ValueError("expected s3://bucket/prefix, a folder's absolute path, or off")
+    return Path(value)
+
+
 def _push_url(value: str | None) -> str | None:
     if value is not None and not (urlsplit(value).scheme in {"http", "https"} and urlsplit(value).hostname):
         raise ValueError("expected http://host:port or https://host:port")
@@ -83,6 +93,11 @@ class Settings(BaseModel):
         alias="SNAPSHOT_VERIFY",
         description="`full` compares every file's size and BLAKE3 digest with the manifest, `size` the size.",
     )
+    cache_uri: Annotated[Place | Path | Literal["off"] | None, BeforeValidator(_shared)] = Field(
+        None,
+        alias="CACHE_URI",
+        description="Folder or `s3://bucket/prefix` of compile caches that workers share; `off`. Default: the volume.",
+    )
     allow_hub: bool = Field(
         False,
         alias="ALLOW_HUB",
@@ -100,11 +115,11 @@ class Settings(BaseModel):
         description="Jobs taken from the platform at once; what the engine cannot run waits in vLLM's queue.",
     )
     chunk_interval_ms: float = Field(
-        20.0,
+        4.0,
         alias="CHUNK_INTERVAL_MS",
         ge=0,
         le=1000,
-        description="Least time between two chunks of a job; the first leaves at once. Load widens it, up to 35.",
+        description="Least time between two chunks of a job; the first leaves at once. Widens by 1 a stream, up to 35.",
     )
     drain_seconds: float = Field(
         30.0,
@@ -135,6 +150,13 @@ class Settings(BaseModel):
         alias="METRICS_PUSH_URL",
         repr=False,
         description="A Pushgateway that the worker pushes its Prometheus metrics to: `https://[user:password@]host`.",
+    )
+    metrics_push_seconds: float = Field(
+        15.0,
+        alias="METRICS_PUSH_SECONDS",
+        ge=1,
+        le=3600,
+        description="Time between two pushes: the interval at which Prometheus scrapes the gateway will do.",
     )
     cost_in_response: bool = Field(
         True,
@@ -203,6 +225,12 @@ class Settings(BaseModel):
     def on_platform(self) -> bool:
         """Whether jobs come from a Runpod endpoint rather than from the command line."""
         return self.job_url is not None
+
+    def caches(self) -> Path | Place | None:
+        """Return where compile caches are shared, None if they are not."""
+        if self.cache_uri is None:
+            return self.snapshot_volume / "coldsnap" / "caches" if self.snapshot_volume.is_dir() else None
+        return None if isinstance(self.cache_uri, str) else self.cache_uri
 
     def snapshot(self) -> Path | None:
         """Return the folder that the settings name themselves; None if the snapshot has to be looked for."""

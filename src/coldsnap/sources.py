@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -55,6 +56,15 @@ class Search:
     """None also if it is still in a bucket."""
     offline: bool = True
     """Whether vLLM must not ask the hub for anything."""
+    announced: Future[Supply] = field(default_factory=Future)
+    """What `finish` is going to return but for what it measures: set while it may still fetch, or before."""
+
+    @classmethod
+    def ended(cls, found: Supply, *, offline: bool = True) -> Search:
+        """Return a search that has nothing left to do."""
+        search = cls(lambda: found, offline=offline)
+        search.announced.set_result(found)
+        return search
 
 
 def search(settings: Settings, environ: Mapping[str, str], warn: Callable[[str], None]) -> Search:
@@ -71,16 +81,17 @@ def search(settings: Settings, environ: Mapping[str, str], warn: Callable[[str],
     revision = environ.get("MODEL_REVISION") or environ.get("REVISION")
     cached = None if name is None else _cached(settings.snapshot_volume / _HUB_CACHE, name, revision)
     if place is not None:
-        return Search(lambda: _from_bucket(settings, place, cached, warn))
+        announced: Future[Supply] = Future()
+        return Search(lambda: _from_bucket(settings, place, cached, warn, announced), announced=announced)
     assert name is not None
     if (kept := _kept(settings.snapshot_volume / _STORE, name, warn)) is not None:
         return _here("volume", kept, settings)
     if cached is not None and (cached / MANIFEST).is_file():
         return _here("platform-cache", cached, settings)
     if cached is not None:
-        return Search(lambda: Supply("platform-cache", cached))
+        return Search.ended(Supply("platform-cache", cached))
     if settings.allow_hub:
-        return Search(lambda: HUB, offline=False)
+        return Search.ended(HUB, offline=False)
     raise SettingsError(
         f"MODEL_NAME: {name!r} is not a folder here, nor a snapshot or a cached model on {settings.snapshot_volume}; "
         f"set it to a baked snapshot's folder, or SNAPSHOT_S3_URI, or set ALLOW_HUB=true to download the model at boot"
@@ -91,7 +102,9 @@ def _here(source: Kind, folder: Path, settings: Settings) -> Search:
     manifest = snapshot.load_manifest(folder)
     _same_model(settings, manifest, folder)
     snapshot.verify(folder, manifest, "size")
-    return Search(lambda: _checked(source, folder, manifest, settings), manifest)
+    search = Search(lambda: _checked(source, folder, manifest, settings), manifest)
+    search.announced.set_result(Supply(source, folder, manifest))
+    return search
 
 
 def _checked(source: Kind, folder: Path, manifest: Manifest, settings: Settings) -> Supply:
@@ -101,7 +114,13 @@ def _checked(source: Kind, folder: Path, manifest: Manifest, settings: Settings)
     return Supply(source, folder, manifest, verified=settings.snapshot_verify == "full", beside=beside)
 
 
-def _from_bucket(settings: Settings, place: Place, cached: Path | None, warn: Callable[[str], None]) -> Supply:
+def _from_bucket(
+    settings: Settings,
+    place: Place,
+    cached: Path | None,
+    warn: Callable[[str], None],
+    announced: Future[Supply],
+) -> Supply:
     begun = time.monotonic()
     offered = pull.offer(place, "SNAPSHOT_S3_URI")
     with closing(offered.bucket):  # the engine's processes would inherit its connections
@@ -114,12 +133,15 @@ def _from_bucket(settings: Settings, place: Place, cached: Path | None, warn: Ca
             source: Kind = "volume" if settings.snapshot_volume.is_dir() else "local"
             folder = (volume if source == "volume" else local) / manifest.digest
             setting = "SNAPSHOT_VOLUME" if source == "volume" else "SNAPSHOT_CACHE"
+            announced.set_result(Supply(source, folder, manifest))
             pulled = pull.pull(offered, folder, setting, say=warn)
             beside |= {"wait_for_snapshot": pulled.waited_seconds, "fetch_snapshot": pulled.seconds}
             if pulled.whole:
                 return Supply("s3", folder, manifest, True, pulled.fetched_bytes, pulled.seconds, beside)
             found = source, folder
     source, folder = found
+    if not announced.done():
+        announced.set_result(Supply(source, folder, manifest))
     try:
         supply = _checked(source, folder, manifest, settings)
     except SnapshotError as error:

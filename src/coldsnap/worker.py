@@ -14,6 +14,7 @@ from typing import Any
 from coldsnap import dispatch, local, post, vllm_engine
 from coldsnap.background import Background
 from coldsnap.boot import Booted, boot
+from coldsnap.caches import Healing
 from coldsnap.egress import Egress
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
 from coldsnap.job import Jobs
@@ -63,6 +64,9 @@ def main() -> int:
         if test_input is None:
             return _Worker(booted).serve()
         return _run_local(booted, test_input)
+    except BootError as error:  # of the warm-up, in the loop that would have run the jobs
+        _say(error.message)
+        return 1
     finally:
         booted.engine.close()
 
@@ -78,8 +82,10 @@ class _Worker:
         self._life = Life(booted, self._sink)
         self._jobs = Jobs(booted.engine, booted.settings, self._sink, self._die)
         self._egress: Egress | None = None
-        self._sink.watchers.append(Metrics(posts=lambda: self._egress.posts if self._egress else 0).see)
+        self._metrics = Metrics(posts=lambda: self._egress.posts if self._egress else 0)
+        self._sink.watchers.append(self._metrics.see)
         self._senders = _senders(booted.settings, self._sink, self._jobs)
+        self._senders += _healing(booted, self._sink, self._jobs)
         self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
         self._scaler: Any = None
@@ -151,6 +157,8 @@ class _Worker:
             except ColdsnapError as error:
                 self._die(error)
             self._life.tick()
+            if self._booted.settings.metrics_push_url and (totals := self._life.totals()):
+                self._metrics.see(totals)  # the record comes every 10 s, every 60 in an idle worker
 
     def draining(self) -> None:
         """See `dispatch.Worker`."""
@@ -185,6 +193,14 @@ def _senders(settings: Settings, sink: Sink, jobs: Jobs) -> list[Background]:
     return senders
 
 
+def _healing(booted: Booted, sink: Sink, jobs: Jobs) -> list[Background]:
+    """Return what makes the bundle of caches that this boot lacked."""
+    asked = booted.bundle()
+    if booted.caches is None or asked is None:
+        return []
+    return [Healing(booted.caches, asked, busy=lambda: jobs.running, served=lambda: sink.tally.requests, say=_say)]
+
+
 def _run_local(booted: Booted, test_input: str) -> int:
     """Run one job through the SDK's local mode, showing it on the terminal; return the exit code."""
     import runpod
@@ -194,11 +210,16 @@ def _run_local(booted: Booted, test_input: str) -> int:
     jobs = Jobs(booted.engine, booted.settings, sink, lambda _: None)
     life = Life(booted, sink)
     view = local.View(booted)
+    failed: list[BootError] = []
 
     async def drained(job: dict[str, Any]) -> Any:
         # The SDK's local mode never iterates a generator: it prints the object and calls it a success.
         booted.timeline.mark("sdk")
-        await booted.engine.warm_up()
+        try:
+            await booted.engine.warm_up()
+        except BootError as error:
+            failed.append(error)
+            raise SystemExit(1) from error  # an exception would be the job's, with a traceback
         booted.timeline.mark("warm_up")
         cold_start = life.ready()
         view.begin(job)
@@ -211,6 +232,8 @@ def _run_local(booted: Booted, test_input: str) -> int:
     try:
         runpod.serverless.start({"handler": drained})
     except SystemExit as end:
+        if failed:
+            raise failed[0] from None
         return end.code if isinstance(end.code, int) else 1
     finally:
         booted.engine.close()

@@ -70,6 +70,17 @@ async def test_a_job_that_fails_exits_1_and_says_why(home: Path, tmp_path: Path)
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
+async def test_an_engine_that_cannot_answer_is_a_boot_that_failed_and_one_sentence(home: Path, tmp_path: Path) -> None:
+    job = (ROOT / "test_input.json").read_text("utf-8").rstrip("\n")
+    ended = await run_handler("--test_input", job, home=home, cwd=tmp_path, MAX_MODEL_LEN="4")
+    assert ended.code == 1
+    (said,) = [line for line in ended.stderr.splitlines() if line.startswith("coldsnap: ")]
+    assert said.startswith("coldsnap: the engine started but cannot answer: ")
+    assert "maximum context length is 4 tokens" in said
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert not (tmp_path / "ledger").exists()
+
+
 MALFORMED = {
     "no JSON": (["--test_input", '{"input": '], "--test_input: expected JSON"),
     "no object": (["--test_input", "[1]"], "--test_input: expected an object with the field input"),

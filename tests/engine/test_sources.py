@@ -40,6 +40,7 @@ def machine(line: FaultyProxy, s3_place: Place, tmp_path: Path) -> dict[str, str
         "SNAPSHOT_DIR": str(tmp_path / "image"),
         "SNAPSHOT_VOLUME": str(tmp_path / "volume"),
         "SNAPSHOT_CACHE": str(tmp_path / "local"),
+        "CACHE_URI": "off",
     }
 
 

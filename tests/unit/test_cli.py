@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from coldsnap import cli
 from coldsnap.errors import ColdsnapError, SnapshotError
+from coldsnap.settings import ROOT
 
 
 class Greeting(ModuleType):
@@ -64,6 +66,13 @@ def test_an_error_is_one_line_and_exit_code_1(
     greeting.raises = error
     assert cli.main(["greet", "--name", "a"]) == 1
     assert capsys.readouterr().err == "coldsnap: a: wrong\n"
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert (end.value.code, capsys.readouterr().out) == (0, f"coldsnap {project['version']}\n")
 
 
 def test_an_interrupt_is_exit_code_130(greeting: Greeting) -> None:

@@ -46,4 +46,6 @@ def test_the_compiler_is_off_for_an_eager_engine(environ: dict[str, str], manife
 def test_on_a_gpu_the_compiler_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "is_cpu_build", lambda: False)
     found = vllm_engine.environment({}, {"enforce_eager": True})
+    assert found["VLLM_ENABLE_STARTUP_PLAN"] == "1"
+    assert "VLLM_ENABLE_STARTUP_PLAN" not in vllm_engine.environment({"VLLM_ENABLE_STARTUP_PLAN": "0"}, {})
     assert not {"TORCHDYNAMO_DISABLE", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"} & found.keys()

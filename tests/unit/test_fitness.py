@@ -76,7 +76,7 @@ def test_a_newer_minor_version_of_the_same_cuda_runs(proc: Path, monkeypatch: py
 def test_a_gpu_that_is_taken(proc: Path) -> None:
     error = complaint(proc, FakeNvml(free=[3 << 30, 4 << 30]))
     assert error.check == "gpu_memory"
-    assert "7.52 GB free together, the weights alone are 8.59" in error.message
+    assert "7.52 GB are free on this worker's GPUs (2), the weights alone are 8.59" in error.message
     fitness.check(weights=WEIGHTS, gpu=True, scratch=proc, nvml=FakeNvml(free=[5 << 30, 5 << 30]), proc=proc)
 
 

@@ -77,6 +77,16 @@ def test_totals_are_written_every_ten_seconds_of_work_and_every_minute_without(b
     assert [record["final"] for record in bench.written] == [False, False, True]
 
 
+def test_the_totals_can_be_had_at_any_time_and_are_not_written_then(bench: Bench) -> None:
+    assert bench.life.totals() is None
+    bench.life.ready()
+    bench.after(3.0, busy=1.0, steps=5)
+    totals = bench.life.totals()
+    assert totals is not None
+    assert (totals.idle_gpu_seconds, totals.busy_gpu_seconds, totals.final) == (2 * 2.5, 2 * 0.5, False)
+    assert bench.written == []
+
+
 def test_the_parts_add_up_times_the_gpus(bench: Bench) -> None:
     bench.life.ready()
     bench.after(10.0, busy=3.5, overhead={"empty": 0.5, "lost": 0.25}, steps=40, lost_steps=2)

@@ -170,3 +170,11 @@ def test_a_cold_starts_phases_add_up_to_its_seconds() -> None:
     assert said["snapshot_digest"] == "d" * 64
     assert (said["gpu"], said["gpu_count"], said["vllm"]) == ("NVIDIA H200", 2, "0.32.0")
     assert (said["worker_id"], said["endpoint_id"]) == ("pod", "endpoint")
+
+
+def test_a_ledger_that_is_moved_away_is_begun_again(tmp_path: Path) -> None:
+    sink = Sink(tmp_path, Echo())
+    sink.write(Request(**REQUEST))
+    (tmp_path / LEDGER).rename(tmp_path / "ledger-1.jsonl")
+    sink.write(Request(**REQUEST | {"job_id": "next"}))
+    assert [record["job_id"] for record in ledger(tmp_path)] == ["next"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -345,7 +348,7 @@ class TestCommand:
             ),
             (
                 ["--html", "/nowhere/out.html"],
-                "--html: /nowhere/out.html cannot be written (No such file or directory)",
+                "--html: /nowhere/out.html cannot be written (there is no folder /nowhere)",
             ),
         ],
     )
@@ -358,15 +361,52 @@ class TestCommand:
     def test_a_wrong_place_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "empty.jsonl").touch()
         (tmp_path / "folder").mkdir()
+        (tmp_path / "README.md").write_text("# A page\n\nof text\n")
+        (tmp_path / "newer.jsonl").write_text('{"schema_version": 99}\n')
         for name, said in {
             "nowhere": "expected a ledger.jsonl, a folder of them or s3://bucket/prefix, found nothing",
             "folder": "expected *.jsonl or *.jsonl.gz in this folder or below it, found none",
-            "empty.jsonl": "the ledger is empty: no records in 1 file(s)",
+            "empty.jsonl": "the ledger is empty: no records in 1 file",
+            "README.md": "not a ledger: no line is a record of coldsnap's; "
+            f"{tmp_path}/README.md, line 1: not a whole line of JSON",
+            "newer.jsonl": "written by a newer coldsnap: 1 record, none that I know",
         }.items():
             code, out, err = self.run(capsys, tmp_path / name)
             assert (code, out, err) == (1, "", f"coldsnap: {tmp_path / name}: {said}\n")
         code, _, err = self.run(capsys, "s3://A_b/c")
         assert (code, err.startswith("coldsnap: PATH: expected s3://bucket/prefix")) == (1, True)
+
+    def test_a_page_that_cannot_be_written_is_said_before_the_work(
+        self, ledger: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(source, "read", None)  # not called
+        nowhere = tmp_path / "no" / "page.html"
+        for path, said in {
+            tmp_path: f"{tmp_path} is a folder; name a file",
+            nowhere: f"{nowhere} cannot be written (there is no folder {nowhere.parent})",
+        }.items():
+            code, out, err = self.run(capsys, ledger(LEDGER), "--html", str(path))
+            assert (code, out) == (1, "")
+            assert err.startswith(f"coldsnap: --html: {said}")
+
+    def test_a_reader_that_has_had_enough_ends_it_without_a_word(self, ledger: Any) -> None:
+        code = "import sys; from coldsnap.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", code, "report", str(ledger(LEDGER))]
+        environ = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+    def test_what_a_worker_is_writing_for_its_upload_is_read_too(
+        self, tmp_path: Path, ledger: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        unsent = tmp_path / "home" / "unsent"
+        unsent.mkdir(parents=True)
+        (ledger(LEDGER) / "ledger.jsonl").rename(unsent / "w1.boot.1.open")
+        code, out, _ = self.run(capsys, tmp_path / "home")
+        assert (code, "30.000" in out) == (0, True)
 
     def test_a_period_without_records_is_one_line(self, ledger: Any, capsys: pytest.CaptureFixture[str]) -> None:
         place = ledger(LEDGER)

@@ -128,9 +128,9 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
-    # worker hands os.environ to Settings.read and to the boot, platform/serve to the workers that it starts;
+    # worker and warm hand os.environ to Settings.read and to the boot, platform/serve to the workers that it starts;
     # step_meter runs in a process that vLLM starts
-    assert found == {"worker", "step_meter", "platform/serve"}
+    assert found == {"worker", "warm", "step_meter", "platform/serve"}
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from coldsnap.errors import SettingsError
+from coldsnap.s3 import Place
 from coldsnap.settings import ROOT, Settings
 
 NAMES = {
@@ -18,6 +19,7 @@ NAMES = {
     "SNAPSHOT_VOLUME": "/volume",
     "SNAPSHOT_CACHE": "/cache",
     "SNAPSHOT_VERIFY": "size",
+    "CACHE_URI": "s3://bucket/caches",
     "ALLOW_HUB": "true",
     "SERVED_MODEL_NAME": "a, b",
     "MAX_CONCURRENCY": "7",
@@ -27,6 +29,7 @@ NAMES = {
     "LEDGER_S3_URI": "s3://bucket/ledgers",
     "LEDGER_FLUSH_SECONDS": "5",
     "METRICS_PUSH_URL": "https://user:word@push.example:9091/",
+    "METRICS_PUSH_SECONDS": "2",
     "COST_IN_RESPONSE": "false",
     "GPU_PRICE_PER_SECOND": "0.0011",
     "HF_TOKEN": "hf_secret",
@@ -44,6 +47,7 @@ def test_every_variable_is_read() -> None:
         "snapshot_volume": Path("/volume"),
         "snapshot_cache": Path("/cache"),
         "snapshot_verify": "size",
+        "cache_uri": {"bucket": "bucket", "prefix": "caches/"},
         "allow_hub": True,
         "served_model_name": ("a", "b"),
         "max_concurrency": 7,
@@ -53,6 +57,7 @@ def test_every_variable_is_read() -> None:
         "ledger_s3_uri": {"bucket": "bucket", "prefix": "ledgers/"},
         "ledger_flush_seconds": 5.0,
         "metrics_push_url": "https://user:word@push.example:9091/",
+        "metrics_push_seconds": 2.0,
         "cost_in_response": False,
         "gpu_price_per_second": 0.0011,
         "hf_token": "hf_secret",
@@ -72,7 +77,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     assert settings.snapshot_verify == "full"
     assert not settings.allow_hub
     assert settings.max_concurrency == 128
-    assert settings.chunk_interval_ms == 20
+    assert settings.chunk_interval_ms == 4
     assert settings.ledger_dir == ROOT / ".coldsnap"
     assert not settings.on_platform
 
@@ -96,6 +101,8 @@ def test_other_variables_are_ignored() -> None:
     [
         ("SNAPSHOT_VERIFY", "none", "'full' or 'size'"),
         ("SNAPSHOT_VERIFY", "FULL", "'full' or 'size'"),
+        ("CACHE_URI", "caches", "expected s3://bucket/prefix, a folder's absolute path, or off"),
+        ("CACHE_URI", "s3://B", "expected s3://bucket/prefix"),
         ("ALLOW_HUB", "maybe", "valid boolean"),
         ("MAX_CONCURRENCY", "0", "greater than or equal to 1"),
         ("MAX_CONCURRENCY", "1.5", "valid integer"),
@@ -106,6 +113,7 @@ def test_other_variables_are_ignored() -> None:
         ("CHUNK_INTERVAL_MS", "20ms", "valid number"),
         ("LEDGER_S3_URI", "ledgers", "expected s3://bucket/prefix"),
         ("LEDGER_FLUSH_SECONDS", "0", "greater than or equal to 1"),
+        ("METRICS_PUSH_SECONDS", "0.5", "greater than or equal to 1"),
         ("DRAIN_SECONDS", "-0.1", "greater than or equal to 0"),
         ("DRAIN_SECONDS", "inf", "less than or equal to 86400"),
         ("DRAIN_SECONDS", "nan", "than or equal to"),
@@ -205,6 +213,17 @@ class TestSnapshot:
 
     def test_permission_alone_still_boots_the_demo(self) -> None:
         assert Settings.read({"ALLOW_HUB": "true"}).snapshot() == ROOT / "snapshots" / "demo"
+
+
+def test_caches_are_shared_where_it_is_said_by_default_on_the_volume_if_there_is_one(tmp_path: Path) -> None:
+    def caches(**environ: str) -> Path | Place | None:
+        return Settings.read({"SNAPSHOT_VOLUME": str(tmp_path)} | environ).caches()
+
+    assert caches() == tmp_path / "coldsnap" / "caches"
+    assert caches(SNAPSHOT_VOLUME=str(tmp_path / "none")) is None
+    assert caches(CACHE_URI="off") is None
+    assert caches(CACHE_URI="/elsewhere") == Path("/elsewhere")
+    assert caches(CACHE_URI="s3://bucket/a") == Place("bucket", "a/")
 
 
 def test_the_table_has_a_row_for_every_setting_of_the_user() -> None:

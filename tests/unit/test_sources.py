@@ -60,6 +60,8 @@ def test_without_any_setting_the_demo_of_the_image_is_served(volume: Path) -> No
     assert supply.verified
     assert supply.fetched_bytes == 0
     assert found.offline
+    early = found.announced.result(0)
+    assert (early.source, early.folder, early.manifest) == ("image", supply.folder, supply.manifest)
     assert supply.beside.keys() == {"read_snapshot"}
     assert not look(volume, SNAPSHOT_VERIFY="size").finish().verified
 
@@ -95,7 +97,9 @@ def test_the_volume_comes_before_the_cache_and_its_newest_snapshot_of_the_model_
     (volume / "coldsnap" / "new" / MANIFEST).write_text(text.replace(f"{newer.created:%Y}", "2999", 1))
     (volume / "coldsnap" / "torn").mkdir()
     (volume / "coldsnap" / "torn" / MANIFEST).write_text("{")
-    supply = look(volume, MODEL_NAME="org/Model", ALLOW_HUB="true").finish()
+    search = look(volume, MODEL_NAME="org/Model", ALLOW_HUB="true")
+    supply = search.finish()
+    assert search.announced.result(0) == supply
     assert (supply.source, supply.folder, supply.verified) == ("volume", volume / "coldsnap" / "new", True)
     assert len(warned) == 1
     assert warned[0].startswith(f"passed over: snapshot {volume}/coldsnap/torn: ")

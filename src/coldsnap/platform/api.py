@@ -47,8 +47,8 @@ class Api:
         self._throttle = throttle
         self._gateway = gateway.Gateway(self._submit_openai, self._plane.cancel, _OPENAI_SECONDS)
 
-    def application(self) -> Starlette:
-        """Return the ASGI application."""
+    def application(self, *more: Route) -> Starlette:
+        """Return the ASGI application, with `more` routes beside the endpoint's."""
         routes = [
             self._route("run", self._run, "POST"),
             self._route("runsync", self._runsync, "POST"),
@@ -60,7 +60,7 @@ class Api:
             self._route("health", self._health, "GET"),
             self._route("openai", self._openai, "GET", "POST", path="/v1/{route:path}"),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+        return Starlette(routes=[*routes, *more], exception_handlers={HTTPException: _no_route})
 
     def _route(self, name: str, operation: Operation, *methods: str, path: str = "") -> Route:
         async def answer(request: Request) -> Response:
@@ -75,13 +75,17 @@ class Api:
 
         return Route(f"/v2/{{endpoint}}/{name}{path}", answer, methods=list(methods))
 
-    def _admit(self, request: Request) -> None:
+    def authorize(self, request: Request) -> None:
+        """Refuse a request without the key."""
         given = request.headers.get("Authorization", "")
         scheme, _, token = given.partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else given  # the platform takes a bare key too
         if not hmac.compare_digest(key.encode(), self._key):
             problem = "is not the key of this endpoint" if given else "is missing"
             raise Refused(401, f"the Authorization header {problem}; send `Authorization: Bearer <key>`")
+
+    def _admit(self, request: Request) -> None:
+        self.authorize(request)
         if (name := request.path_params["endpoint"]) != self._plane.endpoint_id:
             raise Refused(404, f"there is no endpoint {name!r:.100} here, only {self._plane.endpoint_id!r}")
 
@@ -96,7 +100,12 @@ class Api:
         wait = _WAIT_SECONDS if given is None else milliseconds(given, "wait", *_WAIT)
         kept = max(RUNSYNC.retention, 0.0 if given is None else wait)
         job = await self._submit(request, RUNSYNC, sync=True, retention=kept)
-        await job.ended(wait)
+        try:
+            await job.ended(wait)
+        finally:
+            job.held = False
+        if job.deferred:
+            raise Refused(503, f"this endpoint is about to stop; job {job.id} is run after its next start")
         return _json(status(job))
 
     async def _submit(self, request: Request, terms: Terms, *, sync: bool, retention: float | None = None) -> Job:
@@ -140,7 +149,9 @@ class Api:
             "inQueue": len(self._plane.queue),
             "retried": counts["retried"],
         }
-        return _json({"jobs": jobs, "workers": self._fleet.count()})
+        trouble = self._endpoint.boots.trouble
+        answer = {"jobs": jobs, "workers": self._fleet.count()}
+        return _json(answer if trouble is None else {**answer, "error": trouble})
 
     async def _openai(self, request: Request) -> Response:
         body = parse(await _body(request, RUNSYNC.limit)) if request.method == "POST" else {}

@@ -2,7 +2,7 @@
 
 `coldsnap serve`, tests and benchmarks submit jobs here and read their streams; a worker is a process that runs
 the unmodified SDK with `ControlPlane.environment()` in its environment. A submitted job goes at once to the first
-worker that asks. A job whose worker is gone goes to another, once.
+worker that asks. Jobs and workers themselves are on its `board`.
 
 What it does not know: who starts workers (`fleet`), when time is up (`endpoint`), keys (any is accepted).
 Where the platform's behaviour is not documented it takes the strict side: an oversized chunk is answered with
@@ -14,24 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 import orjson
 
-from coldsnap.platform.job import MEGABYTE, RUN, RUNSYNC, Bell, Job, JobState, Terms, encode
+from coldsnap.platform.board import Board, Journal, Worker
+from coldsnap.platform.job import MEGABYTE, Bell, Job, JobState
 from coldsnap.platform.worker_http import Request, Response, Server
 
 CHUNK_LIMIT: Final = MEGABYTE
-ATTEMPTS: Final = 2
-"""How often a job is tried whose worker ends: the platform retries once."""
-NO_INPUT: Final = object()
-"""Submitted as a job's input: the job has no `input` field at all. Only a batch take gets it past the SDK."""
-
 
 _RETIRED_POLL_SECONDS = 0.5
 _GONE: Final = 410
@@ -49,16 +43,6 @@ class Draws(Protocol):
         """Return the delay of one POST and the status that refuses it, if any."""
 
 
-class Journal(Protocol):
-    """Where durable jobs are written down: `store.Store`."""
-
-    def add(self, job: Job) -> None:
-        """Write a new job down; raises when it cannot, and the job is not accepted."""
-
-    def note(self, job: Job) -> None:
-        """Write down what has become of a job."""
-
-
 class WorkerUnhealthy(Exception):
     """The worker reported a failed fitness check with its last ping; the SDK has ended its process."""
 
@@ -72,27 +56,7 @@ class Violation:
     detail: str
 
 
-@dataclass(slots=True)
-class Worker:
-    """What the plane has seen of a worker. `first_poll` and `last_seen` are `time.monotonic()`."""
-
-    id: str
-    first_poll: float | None = None
-    last_seen: float = 0.0
-    taken: int = 0
-    pings: int = 0
-    pinged_jobs: tuple[str, ...] = ()
-    unhealthy: str | None = None
-    running: set[str] = field(default_factory=set)
-    """The jobs that it has taken and not ended."""
-    idle_since: float | None = None
-    retired: bool = False
-    """It gets no more jobs: it is about to be stopped."""
-    _stops: list[str] = field(default_factory=list)
-    _stopped: Bell = field(default_factory=Bell)
-
-
-class ControlPlane:
+class ControlPlane(Board):
     """Serves the worker protocol on a free port of 127.0.0.1 while the context is open.
 
     `poll_seconds` is how long an idle job-take or job-stop is held. An idle worker ends only that
@@ -111,26 +75,18 @@ class ControlPlane:
     ) -> None:
         if not 0 < poll_seconds < 90:
             raise ValueError("poll_seconds is above 0 and below 90, where the SDK gives its poll up")
-        self.jobs: dict[str, Job] = {}
-        self.workers: dict[str, Worker] = {}
+        super().__init__(journal)
         self.violations: list[Violation] = []
         self.foreign_request_ids = 0
         """POSTs whose X-Request-ID names another job: the SDK's retries, when jobs run side by side."""
-        self.counts: Counter[str] = Counter()
-        """Jobs that reached each end, by its name, and those that were `retried`."""
         self.endpoint_id = endpoint_id
         self.url = ""
         self.faults = faults
         """May be changed at any time."""
-        self._journal = journal
         self._poll_seconds = poll_seconds
         self._idle_status = 400 if flashboot else 204
-        self._queue: deque[Job] = deque()
-        self._queued = Bell()
         self._arrived = Bell()
         self._releases = 0
-        self._submitted = 0
-        self._lost: set[str] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await Server(self._serve).__aenter__()
@@ -164,124 +120,6 @@ class ControlPlane:
             "NO_PROXY": "127.0.0.1,localhost",  # the SDK's pings heed a proxy, its other requests do not
         }
 
-    def submit(self, job_input: object, *, sync: bool = False, terms: Terms | None = None, **more: Any) -> Job:
-        """Queue a job; `sync` gives it the limits of /runsync instead of /run, `more` are fields beside its input."""
-        job_id = f"{'sync-' if sync else ''}{uuid.uuid4()}-u1"
-        fields: dict[str, object] = {"id": job_id, **more}
-        if job_input is not NO_INPUT:
-            fields["input"] = job_input
-        job = Job(job_id, self._submitted, encode(fields), terms or (RUNSYNC if sync else RUN))
-        if self._journal and job.terms.durable:
-            self._journal.add(job)
-        self._submitted += 1
-        self.jobs[job_id] = job
-        self._queue.append(job)
-        self._queued.ring()
-        return job
-
-    def adopt(self, jobs: Iterable[Job]) -> None:
-        """Take over jobs of an earlier life, in their order; those that were running wait again."""
-        for job in jobs:
-            self.jobs[job.id] = job
-            self._submitted = max(self._submitted, job.number + 1)
-            if job.state is JobState.IN_PROGRESS:
-                self._again(job, "the platform was stopped", blame=False)
-            elif job.state is JobState.IN_QUEUE:
-                self._queue.append(job)
-        waiting = sorted(self._queue, key=lambda job: job.number)
-        self._queue.clear()
-        self._queue.extend(waiting)
-        self._queued.ring()
-
-    @property
-    def queue(self) -> Collection[Job]:
-        """The jobs that wait, the next one first."""
-        return self._queue
-
-    def cancel(self, job_id: str, why: str = "the job was cancelled") -> bool:
-        """End a job as cancelled and tell its worker over the stop channel; False if it had already ended."""
-        return self.stop(self.jobs[job_id], JobState.CANCELLED, why)
-
-    def stop(self, job: Job, state: JobState, why: str) -> bool:
-        """End a job from here, as cancelled or timed out; False if it had already ended."""
-        if job.done:
-            return False
-        if job.worker_id is None:
-            self._queue.remove(job)
-        else:
-            worker = self.workers[job.worker_id]
-            worker._stops.append(job.id)
-            worker._stopped.ring()
-        self._end(job, state, error=why)
-        return True
-
-    def retry(self, job: Job) -> None:
-        """Queue a job again that has ended without completing; what came of it before is gone."""
-        job.restart()
-        job.attempts = 0
-        job.timestamps.submitted = time.monotonic()
-        self.counts["retried"] += 1
-        self._queue.append(job)
-        self.note(job)
-        self._queued.ring()
-
-    def purge(self) -> int:
-        """Cancel all jobs that wait; return how many they were."""
-        waiting = list(self._queue)
-        for job in waiting:
-            self.cancel(job.id, "the queue was purged")
-        return len(waiting)
-
-    def retire(self, worker_id: str) -> None:
-        """Give a worker no more jobs, and hold its polls no longer: it waits them out after SIGTERM."""
-        worker = self.workers.setdefault(worker_id, Worker(worker_id))
-        worker.retired = True
-        self._queued.ring()
-        worker._stopped.ring()
-
-    def lose(self, worker_id: str, why: str, *, blame: bool = True) -> None:
-        """Learn that a worker's process has ended: its jobs wait again, before all others, or fail.
-
-        Without `blame` the try does not count: the worker was stopped from here.
-        """
-        worker = self.workers.pop(worker_id, None)
-        self._lost.add(worker_id)
-        running = [self.jobs[job_id] for job_id in worker.running] if worker else []
-        for job in sorted(running, key=lambda job: job.number, reverse=True):
-            self._again(job, why, blame=blame)
-        self._queued.ring()
-
-    def forget(self, job: Job) -> None:
-        """Drop a job that has ended."""
-        del self.jobs[job.id]
-
-    def _again(self, job: Job, why: str, *, blame: bool) -> None:
-        if job.read:
-            text = f"{why} while it ran the job; some of its output had been delivered, so it was not tried again"
-            self._end(job, JobState.FAILED, error=text)
-        elif blame and job.attempts >= ATTEMPTS:
-            self._end(job, JobState.FAILED, error=f"{why} while it ran the job; it was tried {job.attempts} times")
-        else:
-            job.restart()
-            job.attempts -= not blame
-            self.counts["retried"] += blame
-            self._queue.appendleft(job)
-            self.note(job)
-
-    def _end(self, job: Job, state: JobState, *, output: Any = None, error: str | None = None) -> None:
-        worker = self.workers.get(job.worker_id or "")
-        if worker:
-            worker.running.discard(job.id)
-            worker.idle_since = None if worker.running else time.monotonic()
-        self.counts[state] += 1
-        job.end(state, output=output, error=error)
-        self.note(job)
-
-    def note(self, job: Job) -> None:
-        """Write down what has become of a durable job."""
-        if self._journal and job.terms.durable:
-            self._journal.note(job)
-
     async def wait_for_worker(self, timeout: float, worker_id: str | None = None) -> Worker:
         """Return the worker (or any) once it has asked for jobs."""
         async with asyncio.timeout(timeout):
@@ -298,14 +136,14 @@ class ControlPlane:
     def release_polls(self) -> None:
         """Answer every open poll as idle now: a worker that has had SIGTERM need not wait them out."""
         self._releases += 1
-        for bell in (self._queued, *(worker._stopped for worker in self.workers.values())):
+        for bell in (self._queued, *(worker.stopped for worker in self.workers.values())):
             bell.ring()
 
     # What a worker does.
 
     def _serve(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
         called = request.path.split("/")[3:]
-        if called[1:2] and called[1] in self._lost:
+        if called[1:2] and called[1] in self.lost:
             return Response(status=_GONE)
         match request.method, called:
             case "POST", ["job-stream", worker_id, job_id]:
@@ -313,42 +151,31 @@ class ControlPlane:
             case "POST", ["job-done", worker_id, job_id]:
                 return self._post(request, "done", worker_id, job_id)
             case "GET", ["job-take", worker_id]:
-                return self._take(self._see(worker_id), None)
+                return self._take(self.see(worker_id), None)
             case "GET", ["job-take-batch", worker_id]:
-                return self._take(self._see(worker_id), int(request.query["batch_size"]))
+                return self._take(self.see(worker_id), int(request.query["batch_size"]))
             case "GET", ["job-stop", worker_id]:
-                return self._stop(self._see(worker_id))
+                return self._stop(self.see(worker_id))
             case "GET", ["ping", worker_id]:
-                return self._ping(self._see(worker_id), request)
+                return self._ping(self.see(worker_id), request)
         return Response(status=404)
-
-    def _see(self, worker_id: str) -> Worker:
-        worker = self.workers.setdefault(worker_id, Worker(worker_id))
-        worker.last_seen = time.monotonic()
-        return worker
 
     async def _take(self, worker: Worker, batch_size: int | None) -> Response:
         if worker.first_poll is None:
             worker.first_poll = worker.idle_since = time.monotonic()
             self._arrived.ring()
-        if not await self._held(self._queued, self._queue, worker) or worker.retired:
+        if not await self._held(self._queued, self.queue, worker) or worker.retired:
             return Response(status=self._idle_status)
-        taken = [self._queue.popleft() for _ in range(min(batch_size or 1, len(self._queue)))]
-        worker.taken += len(taken)
-        worker.idle_since = None
-        for job in taken:
-            job.take(worker.id)
-            worker.running.add(job.id)
-            self.note(job)
+        taken = self.take(worker, batch_size or 1)
         body = b",".join(job.payload for job in taken)
         body = body if batch_size is None else b"[%b]" % body
         return Response(body=body)
 
     async def _stop(self, worker: Worker) -> Response:
-        if not await self._held(worker._stopped, worker._stops, worker):
+        if not await self._held(worker.stopped, worker.stops, worker):
             return Response(status=204)
-        body = orjson.dumps({"jobsToStop": worker._stops})
-        worker._stops.clear()
+        body = orjson.dumps({"jobsToStop": worker.stops})
+        worker.stops.clear()
         return Response(body=body)
 
     async def _held(self, bell: Bell, pending: Collection[object], worker: Worker) -> bool:
@@ -416,13 +243,13 @@ class ControlPlane:
             job.progress.append(post.get("output"))
         elif len(body) > job.terms.limit:
             detail = f"{len(body)} bytes, {job.terms.limit} allowed"
-            self._end(job, JobState.FAILED, error=f"result too large: {detail}")
+            self.end(job, JobState.FAILED, error=f"result too large: {detail}")
             return self._violated(413, "result too large", job.id, detail)
         elif (reported := post.get("error")) is not None:
             text = reported if isinstance(reported, str) else orjson.dumps(reported).decode()
-            self._end(job, JobState.FAILED, output=post.get("output"), error=text)
+            self.end(job, JobState.FAILED, output=post.get("output"), error=text)
         else:
-            self._end(job, JobState.COMPLETED, output=post.get("output"))
+            self.end(job, JobState.COMPLETED, output=post.get("output"))
         return 200
 
     def _violated(self, status: int, kind: ViolationKind, job_id: str, detail: str) -> int:

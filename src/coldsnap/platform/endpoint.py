@@ -6,6 +6,7 @@ It does not know HTTP, and not who starts workers: `fleet` tells it how many the
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import aiohttp
 import orjson
 
 from coldsnap.errors import Refused
+from coldsnap.platform.boots import Boots
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.job import Job, JobState
 from coldsnap.platform.scaler import Load, Scaling
@@ -29,6 +31,7 @@ _QUEUE_PER_WORKER = 500
 _WEBHOOK_TRIES = 3
 _WEBHOOK_SECONDS = 10.0
 _VIOLATIONS_KEPT = 1000
+_STOPS = "this endpoint is about to stop"
 
 
 class Endpoint:
@@ -39,13 +42,14 @@ class Endpoint:
         self.scaling = scaling
         self.stopping = False
         """New jobs are refused: the process is about to end."""
+        self.boots = Boots()
         self._store = store
         self._say = say
         self._called: set[str] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self.plane.adopt(self._store.jobs())
+        self.plane.adopt(self._store.jobs(), self._store.counts())
         self._called = {job.id for job in self.plane.jobs.values() if job.done}
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
         self._keeper = asyncio.create_task(self._keep())
@@ -60,15 +64,48 @@ class Endpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
+    def stop(self) -> None:
+        """Take no more jobs, and answer who waits for one that waits itself. To be called again without workers."""
+        self.stopping = True
+        for job in list(self.plane.queue):
+            if job.terms.durable:
+                job.defer()
+            else:
+                self._turn_away(job, _STOPS)
+
     def submit(self, submission: Submission, *, sync: bool) -> Job:
-        """Queue a job, or refuse it."""
+        """Queue a job, or refuse it. With `sync` a client waits for it, as long as it is `held`."""
         if self.stopping:
-            raise Refused(503, "this endpoint is about to stop", retry_after=10)
+            raise Refused(503, _STOPS, retry_after=10)
+        if sync and self.boots.trouble and self.boots.pause and not self._served:
+            raise Refused(503, self.boots.trouble, retry_after=math.ceil(self.boots.pause))
         waiting, most = len(self.plane.queue), _QUEUE_PER_WORKER * self.scaling.most
         if waiting > _QUEUE_ALWAYS and waiting > most:
             message = f"{waiting} jobs wait; with {self.scaling.most} workers at most no more than {most} may"
             raise Refused(429, message, retry_after=10)
-        return self.plane.submit(submission.input, sync=sync, terms=submission.terms, **submission.more)
+        job = self.plane.submit(submission.input, sync=sync, terms=submission.terms, **submission.more)
+        job.held = sync
+        return job
+
+    def boot_failed(self, why: str) -> None:
+        """Learn that a worker ended before it took jobs. Once that is no chance, nobody is left waiting for the first.
+
+        Jobs that no connection waits for stay in the queue as long as they live: a boot may succeed before.
+        """
+        self.boots.fail(why)
+        if self.boots.trouble is not None and not self._served:
+            for job in [job for job in self.plane.queue if job.held]:
+                self._turn_away(job, self.boots.trouble)
+
+    @property
+    def _served(self) -> bool:
+        """Whether a worker takes jobs, however the boots of others end."""
+        return any(each.first_poll is not None and not each.retired for each in self.plane.workers.values())
+
+    def _turn_away(self, job: Job, why: str) -> None:
+        # An OpenAI client gets the status that such an error has.
+        error = why if job.terms.durable else orjson.dumps(Refused(503, why).body()).decode()
+        self.plane.stop(job, JobState.FAILED, error)
 
     def find(self, job_id: str) -> Job:
         """Return a job whose result is still kept."""

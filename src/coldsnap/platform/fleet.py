@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from coldsnap.platform.boots import Boots, reason, tail
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.scaler import wanted
+from coldsnap.plural import plural
 
 State = Literal["initializing", "idle", "running", "throttled", "unhealthy"]
+Turn = Literal["started", "ready", "ended"]
 STATES: tuple[State, ...] = ("initializing", "idle", "running", "throttled", "unhealthy")
 
 _LOOK_SECONDS = 0.1
@@ -33,8 +36,6 @@ _STOP_SECONDS = 45.0
 """From SIGTERM to SIGKILL for a worker that is not needed any more: DRAIN_SECONDS and some."""
 _LAST_POSTS_SECONDS = 0.2
 """What a worker sent just before its end is read first."""
-_LONGEST_PAUSE = 30.0
-"""Between two boots, when one after the other fails."""
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -49,6 +50,11 @@ class WorkerProcess:
     ready: float | None = None
     """`time.monotonic()` when it first asked for jobs."""
     stopping: bool = False
+    overdue: bool = False
+    """It was killed because it took no jobs in time."""
+    ended: float | None = None
+    how: str = ""
+    """In which way it ended."""
 
 
 class Fleet:
@@ -58,16 +64,21 @@ class Fleet:
         self, endpoint: Endpoint, handler: Path, environ: Mapping[str, str], logs: Path, say: Callable[[str], None]
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
+        self.past: list[WorkerProcess] = []
+        """Those that have ended, in that order."""
+        self.on_turn: Callable[[WorkerProcess, Turn], None] = lambda _worker, _turn: None
+        """Called at each turn of a worker's life."""
         self._endpoint = endpoint
         self._plane: ControlPlane = endpoint.plane
+        self._boots: Boots = endpoint.boots
         self._handler = handler
         self._environ = environ
         self._logs = logs
         self._say = say
         self._watches: set[asyncio.Task[None]] = set()
         self._started = 0
-        self._failed_boots = 0
-        self._not_before = 0.0
+        self._missing = 0
+        """Workers that are wanted and wait for a boot to be tried again."""
 
     async def run(self) -> None:
         """Keep as many workers as are wanted, until the endpoint stops. Cancelled, it could lose one that starts."""
@@ -91,14 +102,19 @@ class Fleet:
     def state(self, worker: WorkerProcess) -> State:
         """Return the platform's word for what a worker does."""
         if worker.ready is None:
-            return "initializing"
+            return "unhealthy" if self._boots.trouble else "initializing"
         seen = self._plane.workers.get(worker.id)
         return "running" if seen and seen.running else "idle"
 
     def count(self) -> dict[str, int]:
-        """Return the workers as /health counts them. `unhealthy` are those whose last boot failed."""
+        """Return the workers as /health counts them.
+
+        `unhealthy` are those that wait for another boot, and after some that failed also one that boots. `throttled`
+        is always 0: it is the platform's word for a machine without room, and here there is one machine.
+        """
         found = Counter(self.state(worker) for worker in self.workers.values() if not worker.stopping)
-        if self._failed_boots and not found:
+        found["unhealthy"] += self._missing
+        if self._boots.failed and not found.total():
             found["unhealthy"] = 1
         return {**{name: found[name] for name in STATES}, "ready": found["idle"] + found["running"]}
 
@@ -108,10 +124,11 @@ class Fleet:
             seen = self._plane.workers.get(worker.id)
             if worker.ready is None and seen and seen.first_poll is not None:
                 worker.ready = seen.first_poll
-                self._failed_boots = 0
+                self._boots.succeed()
+                self.on_turn(worker, "ready")
                 self._say(f"{worker.id} takes jobs, {worker.ready - worker.begun:.1f} s after its start")
             elif worker.ready is None and now - worker.begun > _BOOT_SECONDS:
-                self._say(f"{worker.id} took no job within {_BOOT_SECONDS:g} s and is killed")
+                worker.overdue = True
                 _kill_group(worker.process.pid)
 
     async def _scale(self) -> None:
@@ -119,10 +136,13 @@ class Fleet:
         alive = [worker for worker in self.workers.values() if not worker.stopping]
         starting = sum(worker.ready is None for worker in alive)
         number = wanted(scaling, self._endpoint.load(len(alive), starting))
+        self._missing = max(0, number - len(alive)) if self._boots.failed else 0
         if number > len(alive):
-            if time.monotonic() >= self._not_before:
+            if not self._boots.failed:
                 for _ in range(number - len(alive)):
                     await self._start()
+            elif not starting and not self._boots.pause:
+                await self._start()
             return
         idle = [worker for worker in alive if self._idle(worker) >= scaling.idle_timeout]
         for worker in idle[: len(alive) - number]:
@@ -138,19 +158,25 @@ class Fleet:
         self._started += 1
         worker_id = f"worker-{self._started}"
         log = self._logs / f"{worker_id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         environ = {**self._environ, **self._plane.environment(worker_id)}
-        with log.open("wb") as file:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                self._handler,
-                env=environ,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                preexec_fn=_lead_group_and_end_with_parent,
-            )
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("wb") as file:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    self._handler,
+                    env=environ,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    preexec_fn=_lead_group_and_end_with_parent,
+                )
+        except OSError as error:  # no room, no more processes: it may pass
+            self._endpoint.boot_failed(f"{worker_id} could not be started: {error}")
+            self._say(f"{self._boots.trouble or self._boots.why}; the next in {self._boots.pause:.0f} s")
+            return
         worker = self.workers[worker_id] = WorkerProcess(worker_id, process, log)
+        self.on_turn(worker, "started")
         self._say(f"{worker_id} starts: process {process.pid}, log {log}")
         watch = asyncio.create_task(self._watch(worker))
         self._watches.add(watch)
@@ -161,14 +187,25 @@ class Fleet:
         _kill_group(worker.process.pid)  # the SDK's ping process outlives a worker that is killed
         await asyncio.sleep(_LAST_POSTS_SECONDS)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        del self.workers[worker.id]
-        self._plane.lose(worker.id, f"{worker.id} {how}", blame=not self._endpoint.stopping)
+        worker.ended, worker.how = time.monotonic(), how
+        self.past.append(self.workers.pop(worker.id))
+        self.on_turn(worker, "ended")
+        stopping = self._endpoint.stopping
+        self._plane.lose(worker.id, f"{worker.id} {'was stopped' if stopping else how}", blame=not stopping)
         if worker.stopping:
             return
-        self._say(f"{worker.id} {how}; the end of its log:\n{_tail(worker.log)}")
+        if worker.overdue:
+            how = f"took no jobs within {_BOOT_SECONDS:g} s and was killed"
         if worker.ready is None:
-            self._failed_boots += 1
-            self._not_before = time.monotonic() + min(2.0 ** (self._failed_boots - 1), _LONGEST_PAUSE)
+            self._endpoint.boot_failed((None if worker.overdue else reason(worker.log)) or f"{worker.id} {how}")
+            self._missing += 1  # until the next look
+        if worker.ready is not None or self._boots.trouble is None:
+            end = "\n".join(f"    {line}" for line in tail(worker.log))
+            self._say(f"{worker.id} {how}; the end of its log:\n{end}")
+        else:
+            waiting = len(self._plane.queue)
+            kept = f"; waiting for one: {plural(waiting, 'job')}" if waiting else ""
+            self._say(f"{self._boots.trouble} ({worker.log}); the next in {self._boots.pause:.0f} s{kept}")
 
     def _retire(self, worker: WorkerProcess) -> None:
         if worker.stopping:
@@ -197,10 +234,3 @@ def _lead_group_and_end_with_parent() -> None:
 def _kill_group(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-
-
-def _tail(log: Path, lines: int = 5) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 10_000))
-        text = file.read().decode(errors="replace")
-    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])

@@ -52,8 +52,8 @@ class Gateway:
         except _Gone:
             return Response(status_code=499)  # nobody reads it
         finally:
-            if response is None:
-                self._cancel(job.id)  # nothing, once it has ended
+            if response is None and not job.done:
+                self._cancel(job.id)
 
 
 class _Gone(Exception):
@@ -73,7 +73,8 @@ class _Events(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._cancel(self._job.id)
+            if not self._job.done:  # its client may have read so slowly that it is not even known any more
+                self._cancel(self._job.id)
 
 
 async def _events(job: Job) -> AsyncIterator[bytes]:

@@ -127,6 +127,10 @@ class Job:
         self.read = 0
         """How many of the chunks a client has been given: with one of them the job cannot start again unnoticed."""
         self.worker_id: str | None = None
+        self.held = False
+        """Whether a client waits for it on an open connection."""
+        self.deferred = False
+        """The platform ends before the job can: it goes on after the next start."""
         self.timestamps = Timestamps(submitted=time.monotonic())
         self._changed = Bell()
 
@@ -168,10 +172,10 @@ class Job:
                     await self._changed.wait()
 
     async def ended(self, seconds: float) -> bool:
-        """Return whether the job ends within `seconds`."""
+        """Return whether the job ends within `seconds`; at once if it is deferred."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self.done:
+                while not self.done and not self.deferred:
                     await self._changed.wait()
         return self.done
 
@@ -204,6 +208,10 @@ class Job:
         self.output, self.error, self.read = None, None, 0
         self.chunks, self.progress = [], []
         self.timestamps = Timestamps(submitted=self.timestamps.submitted)
+
+    def defer(self) -> None:
+        self.deferred = True
+        self._changed.ring()
 
     def end(self, state: JobState, *, output: Any = None, error: str | None = None) -> None:
         self.state, self.output, self.error = state, output, error

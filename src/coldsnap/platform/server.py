@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-_LAST_ANSWERS_SECONDS = 1
-"""For open requests when the context ends."""
+_LAST_ANSWERS_SECONDS = 2
+"""For open requests when the context ends. The longest is a /stream that is held for a second."""
 
 
 class _Server(uvicorn.Server):
@@ -40,7 +40,7 @@ async def served(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
             await asyncio.sleep(0.01)
         yield
     finally:
-        # What is cut off after that second would be logged as a failure of the application, traceback and all.
+        # What is cut off after that would be logged as a failure of the application, traceback and all.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
         await serving

@@ -28,6 +28,8 @@ CREATE TABLE job (
     output BLOB, error TEXT, read INTEGER NOT NULL, unread BLOB
 ) WITHOUT ROWID;
 """
+_COUNTS = "CREATE TABLE IF NOT EXISTS count (name TEXT PRIMARY KEY, number INTEGER NOT NULL)"
+"""Not in the schema: files of the first days lack it."""
 _ADD = """
 INSERT INTO job VALUES (:id, :number, :payload, :terms, :state, :attempts, :worker, :submitted, :taken, :done,
     :output, :error, :read, :unread)
@@ -39,28 +41,42 @@ UPDATE job SET state = :state, attempts = :attempts, worker = :worker, submitted
 
 
 class Store:
-    """One file, for one process at a time. It is the control plane's `Journal`."""
+    """One file, for one process at a time. It is the board's `Journal`."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self._path = path
         self._say = say
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                say(f"made the folder {path.parent} for --state")
+            if path.exists() and not path.is_file():
+                raise ServeError(f"--state {path}: that is not a file; name one, which need not be there")
             path.touch(mode=0o600)  # it holds the API key
             self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-            else:
-                self._db.execute("BEGIN EXCLUSIVE").execute("COMMIT")
+            self._open()
         except (OSError, sqlite3.Error) as error:
             raise ServeError(f"--state {path}: {_why(error)}") from error
-        if version not in {0, _VERSION}:
-            raise ServeError(f"--state {path}: made by another version of coldsnap; name another file")
+
+    def _open(self) -> None:
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (whole,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        found, expected = _layout(self._db), _layout(_empty())
+        if whole != "ok":
+            raise ServeError(f"--state {self._path}: the file is damaged ({whole}); name another")
+        if version > _VERSION:
+            raise ServeError(f"--state {self._path}: made by a newer coldsnap; name another file")
+        if found and expected.items() - found.items():
+            raise ServeError(f"--state {self._path}: the database of another program; name another file")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        if not found:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        else:
+            self._db.execute("BEGIN EXCLUSIVE").execute("COMMIT")
+        self._db.execute(_COUNTS)
 
     def __enter__(self) -> Self:
         return self
@@ -79,18 +95,29 @@ class Store:
         return [_job(row) for row in self._db.execute("SELECT * FROM job ORDER BY number")]
 
     def add(self, job: Job) -> None:
-        """See `control_plane.Journal`."""
+        """See `board.Journal`."""
         try:
             self._db.execute(_ADD, _row(job))
         except sqlite3.Error as error:
             raise Refused(500, f"the job could not be written to {self._path}: {error}") from error
 
     def note(self, job: Job) -> None:
-        """See `control_plane.Journal`. What cannot be written is said; after a restart that job may run again."""
+        """See `board.Journal`. What cannot be written is said; after a restart that job may run again."""
         try:
             self._db.execute(_NOTE, _row(job))
         except sqlite3.Error as error:
             self._say(f"{job.id} is {job.state}, which could not be written to {self._path}: {error}")
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs came to which end in all lives of this file."""
+        return {row["name"]: row["number"] for row in self._db.execute("SELECT * FROM count")}
+
+    def count(self, name: str, number: int) -> None:
+        """See `board.Journal`."""
+        try:
+            self._db.execute("INSERT OR REPLACE INTO count VALUES (?, ?)", (name, number))
+        except sqlite3.Error as error:
+            self._say(f"{name}: {number}, which could not be written to {self._path}: {error}")
 
     def forget(self, job: Job) -> None:
         """Remove a job whose result is no longer kept."""
@@ -98,6 +125,21 @@ class Store:
             self._db.execute("DELETE FROM job WHERE id = ?", (job.id,))
         except sqlite3.Error as error:
             self._say(f"{job.id} could not be removed from {self._path}: {error}")
+
+
+def _empty() -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:")
+    database.executescript(_SCHEMA)
+    return database
+
+
+def _layout(database: sqlite3.Connection) -> dict[str, str]:
+    """Return the tables with their columns."""
+    columns = """
+        SELECT tables.name, group_concat(columns.name) FROM sqlite_schema AS tables
+        JOIN pragma_table_info(tables.name) AS columns WHERE tables.type = 'table' GROUP BY tables.name
+    """
+    return dict(database.execute(columns))
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -141,4 +183,6 @@ def _job(row: sqlite3.Row) -> Job:
 def _why(error: OSError | sqlite3.Error) -> str:
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return "in use by another `coldsnap serve`; name another file"
-    return f"cannot be used: {error.strerror if isinstance(error, OSError) else error}"
+    if isinstance(error, OSError):
+        return f"cannot be used: {error.filename}: {error.strerror}"
+    return f"cannot be used: {error}; name another file"

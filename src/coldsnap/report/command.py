@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import tempfile
 from datetime import UTC, datetime, timedelta
@@ -40,9 +42,11 @@ def run(options: argparse.Namespace) -> int:
     since = None if options.since is None else when(options.since, datetime.now(UTC))
     billed = None if options.billed_seconds is None else _seconds(options.billed_seconds)
     rates = None if options.api_prices is None else api.read(Path(options.api_prices))
-    console = Console()
+    if options.html is not None:
+        _check_writable(Path(options.html))
+    console = _Console()
     if not console.is_terminal:
-        console = Console(width=_WIDE)
+        console = _Console(width=_WIDE)
     with tempfile.TemporaryDirectory(prefix="coldsnap-report-") as folder:
         intake = source.read(options.place, Path(folder))
         with store.load(intake.lines, since=since, loaded=options.loaded) as database:
@@ -86,6 +90,22 @@ def _seconds(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise ReportError(f"--billed-seconds: expected the invoice's worker-seconds, 0 or more, found {text!r}")
     return number
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `cli.main`: rich would exit with 1."""
+        raise  # noqa: PLE0704 -- it is called where the error is being handled
+
+
+def _check_writable(path: Path) -> None:
+    """Raise before the work rather than after it."""
+    if path.is_dir():
+        raise ReportError(f"--html: {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ReportError(f"--html: {path} cannot be written (there is no folder {path.parent})")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ReportError(f"--html: {path} cannot be written ({os.strerror(errno.EACCES)})")
 
 
 def _write(path: Path, text: str) -> None:

@@ -35,13 +35,18 @@ class Asked:
     rates: Rates | None
 
 
-def render(figures: Figures, intake: Intake, asked: Asked) -> str:
-    """Return the page."""
+def templates(package: str) -> jinja2.Environment:
+    """Return the templates of a package, with the parts and the notation that all pages share."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("coldsnap.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "."), jinja2.PackageLoader("coldsnap.report", ".")]),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {name: getattr(notation, name) for name in ("count", "digits", "exact", "seconds", "usd")}
+    return environment
+
+
+def render(figures: Figures, intake: Intake, asked: Asked) -> str:
+    """Return the page."""
     phases = [phase for phase in figures.phases if not phase["beside"]]
     economy = figures.economy
     drawn = {
@@ -53,17 +58,21 @@ def render(figures: Figures, intake: Intake, asked: Asked) -> str:
         if economy and economy.usd_per_second and economy.requests_per_second and figures.api
         else None,
     }
-    return environment.get_template("page.html.jinja").render(
-        figures=figures,
-        asked=asked,
-        plots=drawn,
-        phases=phases,
-        causes=CAUSES,
-        policy=POLICIES[asked.loaded],
-        part=notation.part,
-        ratio=notation.ratio,
-        million=lambda value, tokens: None if not value or not tokens else value / tokens * 1e6,
-        intake=intake,
-        reading=list(reading(intake)),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    return (
+        templates("coldsnap.report")
+        .get_template("page.html.jinja")
+        .render(
+            figures=figures,
+            asked=asked,
+            plots=drawn,
+            phases=phases,
+            causes=CAUSES,
+            policy=POLICIES[asked.loaded],
+            part=notation.part,
+            ratio=notation.ratio,
+            million=lambda value, tokens: None if not value or not tokens else value / tokens * 1e6,
+            intake=intake,
+            reading=list(reading(intake)),
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )

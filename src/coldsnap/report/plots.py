@@ -33,7 +33,7 @@ _VARIABLES = {
     SECOND: "var(--second)",
 } | {colour: f"var(--{part})" for part, colour in PART.items()}
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 8.5,
     "axes.edgecolor": RULE,
@@ -60,8 +60,8 @@ _LABELS_APART = 1.5
 
 def spent(parts: dict[str, float]) -> str:
     """Draw one bar: where the GPU-seconds went."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(0.5)
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure(0.5)
         whole, at = sum(parts.values()) or 1.0, 0.0
         for part, value in parts.items():
             axes.barh(0, value, left=at, height=1, color=PART[part], edgecolor=PAPER, linewidth=1.2)
@@ -71,13 +71,13 @@ def spent(parts: dict[str, float]) -> str:
             at += value
         axes.set_xlim(0, whole)
         axes.axis("off")
-        return _svg(figure, "spent", "Where the GPU-seconds went")
+        return svg(drawing, "spent", "Where the GPU-seconds went")
 
 
 def waterfall(phases: Sequence[Row]) -> str:
     """Draw the phases of a cold start, each where the medians before it end; a thin line reaches to its p95."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(0.55 + 0.26 * len(phases))
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure(0.55 + 0.26 * len(phases))
         at, furthest = 0.0, 0.0
         for row, phase in enumerate(phases):
             axes.barh(row, phase["p50"], left=at, height=0.62, color=PART["cold"])
@@ -95,13 +95,13 @@ def waterfall(phases: Sequence[Row]) -> str:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.set_xlabel("seconds since the process started")
-        return _svg(figure, "waterfall", "Phases of a cold start")
+        return svg(drawing, "waterfall", "Phases of a cold start")
 
 
 def batches(points: Sequence[tuple[float, float]], rows: Sequence[Row]) -> str:
     """Draw what an output token cost against how many requests shared its steps."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.1)
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure(3.1)
         axes.scatter(
             [batch for batch, _ in points], [seconds * 1e3 for _, seconds in points],
             s=9, color=ACCENT, alpha=0.35, linewidths=0,
@@ -116,36 +116,36 @@ def batches(points: Sequence[tuple[float, float]], rows: Sequence[Row]) -> str:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.margins(y=0.14)
-        _plain(axes)
+        plain(axes)
         axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
         axes.set_xlabel("requests in a step, mean over the request's steps")
         axes.set_ylabel("GPU-milliseconds per output token")
-        return _svg(figure, "batches", "Batch size against the cost of an output token")
+        return svg(drawing, "batches", "Batch size against the cost of an output token")
 
 
 def costs(pairs: Sequence[tuple[float, float]]) -> str:
     """Draw how the requests' marginal and loaded cost are spread."""
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(2.2)
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure(2.2)
         values = np.array(pairs)
         low, high = math.log10(values.min()), math.log10(values.max())
         bins = np.logspace(low - 0.02, high + 0.02, 48).tolist()
         axes.hist(values[:, 0], bins, color=PART["busy"], alpha=0.85, label="marginal")
         axes.hist(values[:, 1], bins, histtype="step", color=INK, linewidth=1.1, label="loaded")
         axes.set_xscale("log")
-        _plain(axes, y=False)
+        plain(axes, y=False)
         axes.grid(axis="y")
         axes.set_xlabel("GPU-seconds of a request")
         axes.set_ylabel("requests")
         axes.legend()
-        return _svg(figure, "costs", "What requests cost")
+        return svg(drawing, "costs", "What requests cost")
 
 
 def break_even(economy: Economy, api: Sequence[ApiCost]) -> str:
     """Draw what 1,000 requests cost on a worker that keeps running, by its load, and at the rates of APIs."""
     assert economy.usd_per_second is not None
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.1)
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure(3.1)
         most = economy.most_requests_per_second or economy.requests_per_second
         shown = [each for each in api if each.usd > 0]
         ends = [most, economy.requests_per_second, *(each.requests_per_second or most for each in shown)]
@@ -174,21 +174,22 @@ def break_even(economy: Economy, api: Sequence[ApiCost]) -> str:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(load[0], load[-1])
-        _plain(axes)
+        plain(axes)
         axes.set_xlabel("requests per second on one worker")
         axes.set_ylabel("dollars for 1,000 requests")
-        return _svg(figure, "break-even", "Own GPU against APIs, by load")
+        return svg(drawing, "break-even", "Own GPU against APIs, by load")
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.0, h_pad=0.02))
-    figure.patch.set_visible(False)
-    axes = figure.add_subplot()
+def figure(height: float) -> tuple[Figure, Axes]:
+    """Return an empty drawing of the page's width; `height` is in the same unit as its width, 8.4."""
+    drawing = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.0, h_pad=0.02))
+    drawing.patch.set_visible(False)
+    axes = drawing.add_subplot()
     axes.patch.set_visible(False)
-    return figure, axes
+    return drawing, axes
 
 
-def _plain(axes: Axes, *, y: bool = True) -> None:
+def plain(axes: Axes, *, y: bool = True) -> None:
     """Write the ticks of logarithmic axes as numbers."""
     for axis in (axes.xaxis, axes.yaxis) if y else (axes.xaxis,):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -197,11 +198,11 @@ def _plain(axes: Axes, *, y: bool = True) -> None:
         axis.grid(visible=True)
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """Return the figure as an element of an HTML page, with ids that no other plot of the page has."""
+def svg(drawing: Figure, name: str, title: str) -> str:
+    """Return the drawing as an element of an HTML page, with ids that no other plot of the page has."""
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        drawing.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)

@@ -19,11 +19,13 @@ from typing import Any, get_args
 import orjson
 
 from coldsnap.errors import ReportError
+from coldsnap.plural import plural
 from coldsnap.records import Record
 from coldsnap.s3 import Bucket, Place
 
 _KNOWN_SCHEMA = max(get_args(Record.model_fields["schema_version"].annotation))
-_SUFFIXES = (".jsonl", ".jsonl.gz")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".open")
+"""The last is what a worker with an upload writes to; see `coldsnap.upload`."""
 _GZIP = b"\x1f\x8b"
 _DOWNLOADS = 16
 
@@ -104,8 +106,14 @@ def read(place: str, folder: Path) -> Intake:
                     count["records"] += 1
                     out.write(line + b"\n")
     if not count["records"]:
-        besides = f"; {torn[0]}" if torn else f"; {count['newer']} of a newer schema" if count["newer"] else ""
-        raise ReportError(f"{place}: the ledger is empty: no records in {len(files)} file(s){besides}")
+        within = plural(len(files), "file")
+        if count["newer"]:
+            raise ReportError(
+                f"{place}: written by a newer coldsnap: {plural(count['newer'], 'record')}, none that I know"
+            )
+        if torn:
+            raise ReportError(f"{place}: not a ledger: no line is a record of coldsnap's; {torn[0]}")
+        raise ReportError(f"{place}: the ledger is empty: no records in {within}")
     return Intake(place, clean, len(files), count["records"], count["repeated"], count["newer"], tuple(torn))
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coldsnap.plural import plural
 from coldsnap.report.figures import Figures
 from coldsnap.report.notation import count, digits, exact, part, ratio, seconds, usd
 from coldsnap.report.source import Intake
@@ -20,7 +21,8 @@ def show(figures: Figures, intake: Intake, by: str, loaded: str, console: Consol
     """Print everything."""
     about = figures.about
     console.print(Text(f"{about['begun']} to {about['ended']} UTC", style="bold"), end="")
-    console.print(f" · {count(about['workers'])} worker(s) · {count(figures.total.get('requests', 0))} requests")
+    requests = plural(figures.total.get("requests", 0), "request")
+    console.print(f" · {plural(about['workers'], 'worker')} · {requests}")
     of_requests = (_groups, _latency, _batches, _dearest, _api) if figures.total else ()
     for section in (_spent, _boots, *of_requests):
         section(figures, by, loaded, console)
@@ -32,14 +34,14 @@ def show(figures: Figures, intake: Intake, by: str, loaded: str, console: Consol
 def reading(intake: Intake) -> Iterable[str]:
     """Say what was not read, or counted once for twice."""
     if intake.torn:
-        yield f"{len(intake.torn)} line(s) could not be read and are left out:"
+        yield f"Left out, because it could not be read: {plural(len(intake.torn), 'line')}"
         yield from (f"  {torn}" for torn in intake.torn[:_TORN_SHOWN])
         if len(intake.torn) > _TORN_SHOWN:
             yield f"  and {len(intake.torn) - _TORN_SHOWN} more"
     if intake.newer:
-        yield f"{intake.newer} record(s) have a newer schema than this coldsnap knows and are left out."
+        yield f"Left out, with a newer schema than this coldsnap knows: {plural(intake.newer, 'record')}"
     if intake.repeated:
-        yield f"{intake.repeated} line(s) were met again, in an upload and its local file, and count once."
+        yield f"Counted once, met in an upload and its local file: {plural(intake.repeated, 'line')}"
 
 
 def _table(console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
@@ -68,7 +70,10 @@ def _groups(figures: Figures, by: str, loaded: str, console: Console) -> None:
     _table(
         console,
         f"What requests cost, by {by}: marginal, and loaded with cold start, overhead, idle and drain ({loaded})",
-        (by, "requests", "failed", "GPU-s", "each", "loaded GPU-s", "each", "dollars each", "loaded"),
+        (
+            by, "requests", "failed", "GPU-s", "each takes", "loaded GPU-s", "each, loaded",
+            "dollars each", "loaded dollars",
+        ),
         (
             [
                 str(row["name"]), count(row["requests"]), count(row["failed"]), exact(row["gpu_seconds"]),
@@ -83,8 +88,8 @@ def _groups(figures: Figures, by: str, loaded: str, console: Console) -> None:
         console,
         "For 1M tokens: input is prompt tokens that were not cached",
         (
-            by, "input tokens", "cached", "output tokens", "GPU-s 1M in", "loaded", "$", "loaded $",
-            "GPU-s 1M out", "loaded", "$", "loaded $",
+            by, "input\ntokens", "cached", "output\ntokens",
+            *(f"{side}:\n{what}" for side in ("in", "out") for what in ("GPU-s", "loaded", "$", "loaded $")),
         ),
         (
             [

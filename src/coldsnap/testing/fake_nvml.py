@@ -51,6 +51,14 @@ class FakeNvml:
         """Return the GPU's number as its handle."""
         return index
 
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: ARG002, N802
+        """Return what the GPU is called."""
+        return "NVIDIA H100 80GB HBM3"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: ARG002, N802
+        """Return its compute capability."""
+        return 9, 0
+
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
         """Return the memory of a GPU."""
         return SimpleNamespace(free=self.free[handle], total=80 << 30)

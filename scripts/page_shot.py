@@ -1,0 +1,135 @@
+"""Photographs the page of `coldsnap serve` under load: two workers, streamed requests all the time, a chat.
+
+    python scripts/page_shot.py [--out docs/serve.png] [--streams 30] [--seconds 20]
+
+Needs Chromium (scripts/desk_tools.sh). Beside the picture, in light, it writes `-dark` and `-narrow` with --all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+from PIL import Image
+from playwright.async_api import Browser, ViewportSize, async_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "rpa_picture"
+PRICE = "0.00116"
+"""An H100's: a CPU has none."""
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+)
+VIEWS: dict[str, tuple[ViewportSize, str]] = {
+    "": ({"width": 1440, "height": 1120}, "light"),
+    "-dark": ({"width": 1440, "height": 1120}, "dark"),
+    "-narrow": ({"width": 390, "height": 1500}, "dark"),
+}
+COLOURS = 256
+
+
+@asynccontextmanager
+async def serving(folder: Path, *options: str) -> AsyncIterator[str]:
+    """Run `coldsnap serve`; give the page's address."""
+    command = [sys.executable, "-c", "import sys; from coldsnap.cli import main; sys.exit(main())", "serve"]
+    command += ["--port", "0", "--key", KEY, "--state", str(folder / "serve.db"), *options]
+    environ = {"PYTHONPATH": str(ROOT / "src"), "GPU_PRICE_PER_SECOND": PRICE, "COLDSNAP_LEDGER_DIR": str(folder)}
+    with (folder / "serve.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*command, stderr=log, env=os.environ | environ)
+    try:
+        while not (found := re.search(r"page (\S+)", (folder / "serve.log").read_text())):
+            assert process.returncode is None, (folder / "serve.log").read_text()
+            await asyncio.sleep(0.05)
+        yield found[1]
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+            await process.wait()
+
+
+async def load(base: str, streams: int) -> None:
+    """Ask the demo's questions in turn, so many at a time, until cancelled."""
+    lines = (ROOT / "builder" / "demo_corpus.jsonl").read_text("utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines if line.isascii() and "\\u" not in line]  # that any font can show
+    questions = itertools.cycle(pair["question"] for pair in pairs)
+
+    async def client(http: aiohttp.ClientSession) -> None:
+        while True:
+            messages = [{"role": "user", "content": next(questions)}]
+            async with http.post("chat/completions", json={"messages": messages, "stream": True}) as response:
+                async for _ in response.content:
+                    pass
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(f"{base}/v2/local/openai/v1/", headers=headers, connector=connector) as http:
+        await asyncio.gather(*(client(http) for _ in range(streams)))
+
+
+async def photograph(browser: Browser, address: str, view: tuple[ViewportSize, str]) -> bytes:
+    """Open the page, chat, and return what it looks like."""
+    size, scheme = view
+    page = await browser.new_page(viewport=size, color_scheme="dark" if scheme == "dark" else "light")
+    await page.goto(address)
+    await page.wait_for_selector("#rows tr")
+    await page.fill("#message", "What is a cold start?")
+    await page.press("#message", "Enter")
+    await page.locator("#talk .cost", has_text="GPU-s").wait_for()
+    await page.wait_for_timeout(4000)
+    picture = await page.screenshot()
+    await page.close()
+    return picture
+
+
+def write(picture: bytes, path: Path) -> None:
+    """Write a PNG with few colours, which is all that the page has."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+    print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
+
+
+async def main(out: Path, streams: int, seconds: float, *, every: bool) -> None:
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        sys.exit("chromium is missing: scripts/desk_tools.sh")
+    with tempfile.TemporaryDirectory() as folder:
+        async with serving(Path(folder), "--workers", "2") as address, async_playwright() as playwright:
+            base = address.partition("/#")[0]
+            traffic = asyncio.create_task(load(base, streams))
+            await asyncio.sleep(seconds)
+            browser = await playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+            try:
+                for name, view in VIEWS.items() if every else [("", VIEWS[""])]:
+                    write(await photograph(browser, address, view), out.with_stem(out.stem + name))
+            finally:
+                await browser.close()
+                traffic.cancel()
+                await asyncio.wait({traffic})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "serve.png")
+    parser.add_argument("--streams", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of load before the picture")
+    parser.add_argument("--all", action="store_true", help="also in dark and narrow")
+    given = parser.parse_args()
+    asyncio.run(main(given.out, given.streams, given.seconds, every=given.all))

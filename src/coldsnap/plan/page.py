@@ -1,0 +1,68 @@
+"""The plan as one HTML page, in the report's look."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import matplotlib as mpl
+
+from coldsnap.plan import words
+from coldsnap.plan.calibration import Calibration
+from coldsnap.plan.frontier import Plan
+from coldsnap.plural import plural
+from coldsnap.report import notation
+from coldsnap.report.page import templates
+from coldsnap.report.plots import ACCENT, INK, MUTED, RULE, SECOND, STYLE, figure, plain, svg
+
+_HOUR = 3600.0
+
+
+def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
+    """Return the page."""
+    return (
+        templates("coldsnap.plan")
+        .get_template("plan.html.jinja")
+        .render(
+            plan=plan,
+            asked=asked,
+            known=known,
+            words=words,
+            plural=plural,
+            rows=list(words.rows(plan, asked)),
+            plot=draw(plan, asked),
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+
+
+def draw(plan: Plan, asked: words.Asked) -> str:
+    """Draw what was tried: cost against the p95 of the time to the first token, the frontier as a line."""
+    hours = plan.seconds / _HOUR or 1.0
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure(3.9)
+        axes.scatter(
+            [point.cost / hours for point in plan.points], [point.ttft95 for point in plan.points],
+            s=11, color=MUTED, alpha=0.45, linewidths=0,
+        )  # fmt: skip
+        line = [(point.cost / hours, point.ttft95) for point in plan.frontier]
+        axes.step(*zip(*line, strict=True), where="post", color=ACCENT, linewidth=1.6, marker="o", markersize=4)
+        if plan.target is not None:
+            axes.axhline(plan.target, color=SECOND, linewidth=0.9, linestyle="--")
+            axes.annotate(
+                f"target {notation.seconds(plan.target)}", (1, plan.target), (0, 3), ha="right", fontsize=7.5,
+                xycoords=("axes fraction", "data"), textcoords="offset points", color=SECOND,
+            )  # fmt: skip
+        marked = {asked.current_name: plan.current, "recommended": plan.recommended}
+        for name, point in marked.items():
+            if point is not None:
+                at = (point.cost / hours, point.ttft95)
+                axes.plot(*at, "o", markersize=8, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.3)
+                axes.annotate(name, at, (8, 5), textcoords="offset points", fontweight="bold")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.margins(0.08, 0.12)
+        plain(axes)
+        axes.grid(color=RULE)
+        axes.set_xlabel("GPU-seconds an hour" if plan.current.usd is None else "dollars an hour")
+        axes.set_ylabel("p95 TTFT, seconds")
+        return svg(drawing, "frontier", "Cost against the time to the first token")
