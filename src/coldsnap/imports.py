@@ -114,7 +114,7 @@ class Deferral(importlib.abc.MetaPathFinder):
 
 
 def _within(name: str, packages: Container[str]) -> bool:
-    """Return whether `name` is one of `packages`, or a part of one. Asked at every import: by prefix."""
+    """Return whether `name` is one of `packages`, or a part of one. Asked at every import, so by prefix."""
     prefix = name
     while prefix and prefix not in packages:
         prefix = prefix.rpartition(".")[0]
