@@ -198,7 +198,8 @@ def load(environ: Mapping[str, str]) -> None:
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
-    found = remembered.Remembered(cache_folders(environ)["vllm"] / "coldsnap-imports", remembered.environment_key())
+    file = cache_folders(environ)["vllm"].with_name("coldsnap") / "imports"
+    found = remembered.Remembered(file, remembered.environment_key())
     tested = version().partition("+")[0] in _TESTED
     Deferral(
         _LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}
