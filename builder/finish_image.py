@@ -2,13 +2,14 @@
 
     finish_image.py snapshots/demo --digest 1b8f… --vllm 0.32.0 --coldsnap 0.1.0
 
-An empty digest is not compared. vLLM looks at a model's class in a process of its own, which takes eight
-seconds, and keeps what it found in a file: made here, every cold start finds it.
+An empty digest is not compared. Beside a GPU vLLM looks at a model's class in a process of its own, which takes
+eight seconds, and keeps what it found in a file; so does `remembered`. Made here, every cold start finds them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -50,7 +51,7 @@ def main() -> None:
     if wrong := differing({name: getattr(args, name) for name in found}, found):
         sys.exit(f"coldsnap: {wrong[0]}")
     architectures = orjson.loads((args.snapshot / "config.json").read_bytes()).get("architectures") or []
-    known = vllm_engine.inspect_models(architectures)
+    known = vllm_engine.inspect_models(architectures, os.environ)
     print(f"coldsnap: {args.snapshot.name} {manifest.digest}, vLLM {found['vllm']}, inspected: {known}")
 
 

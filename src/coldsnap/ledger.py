@@ -46,6 +46,8 @@ class Step:
     """(n, 3) tokens computed: prefill, decode, and those that had been computed before a preemption."""
     context: Floats
     """(n,) positions computed so far, this step's included."""
+    plain: bool = False
+    """Each request decoded one token, and nothing else: most steps. Then less is left to compute."""
 
     @cached_property
     def new(self) -> Floats:
@@ -66,6 +68,8 @@ class Step:
     @property
     def work(self) -> Floats:
         """(4,) what a, b, c, d multiply: 1, prefill, decode and attention of all requests."""
+        if self.plain:
+            return np.array([1.0, 0.0, len(self.numbers), self.context.sum()])
         tokens = self.tokens.sum(axis=0)
         total = tokens[PREFILL] + tokens[RECOMPUTED]
         return np.array([1.0, total, tokens[DECODE], self.attention.sum()])
@@ -86,6 +90,18 @@ def shares(step: Step, coefficients: Floats) -> Floats:
     if not total > 0:  # a step that the model calls free
         phi = step.tokens / new[:, None]
         total = phi.sum()
+    phi *= (step.end - step.start) / total
+    return phi
+
+
+def decode_shares(step: Step, coefficients: Floats) -> Floats:
+    """Split a plain step's duration; return seconds of shape (n,): `shares` without its zeros and ones."""
+    a, _, c, d = coefficients.tolist()
+    phi: Floats = d * step.context
+    phi += a / len(phi) + c
+    total = float(phi.sum())
+    if not total > 0:  # a step that the model calls free
+        return np.full(len(phi), (step.end - step.start) / len(phi))
     phi *= (step.end - step.start) / total
     return phi
 
@@ -126,13 +142,17 @@ class Ledger:
         if not len(step.numbers):
             self._overhead[EMPTY] += duration
             return
-        parts = shares(step, self._model.coefficients)
         if (highest := int(step.numbers.max())) >= len(self._rows):
             self._rows = np.concatenate((self._rows, np.zeros((highest + 1, 2))))
-        self._rows[step.numbers] += parts[:, :RECOMPUTED]
-        again = float(parts[:, RECOMPUTED].sum())
-        self._overhead[RECOMPUTE] += again
-        self._busy += duration - again
+        if step.plain:
+            self._rows[step.numbers, DECODE] += decode_shares(step, self._model.coefficients)
+            self._busy += duration
+        else:
+            parts = shares(step, self._model.coefficients)
+            self._rows[step.numbers] += parts[:, :RECOMPUTED]
+            again = float(parts[:, RECOMPUTED].sum())
+            self._overhead[RECOMPUTE] += again
+            self._busy += duration - again
         self._model.learn(step.work, duration)
 
     def lose(self, steps: int, seconds: float) -> None:

@@ -1,8 +1,8 @@
-"""The pace of every stream, kept where it saves most: in vLLM's queue between its output loop and a request.
+"""The pace of every stream, kept where it saves most: in vLLM, between its detokeniser and a request's outputs.
 
-vLLM merges what a request's consumer has not fetched yet. So the consumer is woken for the first output at once,
-afterwards when its stream is due, and at once for the end or an error: what lies between costs a merge, no wake-up,
-no event, no POST. Nothing here imports vLLM.
+A request's first output is made at once, afterwards one when its stream is due, and at once for the end or an error.
+What lies between stays with vLLM as tokens and text, as it does with its own `stream_interval`, which counts tokens
+and not time: no output is built, nothing is merged, nobody is woken, no event, no POST. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _STREAM_SECONDS = 0.001
 """What the pace grows by with each stream: a chunk of each in turn, at most one a millisecond."""
 _WIDEST_SECONDS = 0.035
 """The pace never gets wider by load than this: with a step of the engine and a POST on top, 50 ms."""
-_SWEEP_SECONDS = 0.01
+_SWEEP_SECONDS = 0.004
 
 
 class Pace:
@@ -26,34 +26,41 @@ class Pace:
         self.clock = clock
         self._least = least
         self._open = 0
-        self._held: set[PacedQueue] = set()
+        self._held: set[PacedRequest] = set()
         self._sweeping = False
 
     def begin(self) -> None:
         """Count a stream that begins."""
         self._open += 1
 
-    def end(self, queue: PacedQueue) -> None:
+    def end(self) -> None:
         """Forget a stream that has ended."""
         self._open -= 1
-        self._held.discard(queue)
 
     def due(self) -> float:
         """Return when a stream whose chunk leaves now has its next: later while many jobs stream."""
         return self.clock() + max(self._least, min(_WIDEST_SECONDS, self._open * _STREAM_SECONDS))
 
-    def hold(self, queue: PacedQueue) -> None:
-        """Let a stream go when it is due, should no further output do that: an engine may be long at a step."""
-        self._held.add(queue)
+    def hold(self, request: PacedRequest) -> None:
+        """Let a request go when it is due, should no further token do that: an engine may be long at a step."""
+        self._held.add(request)
         if not self._sweeping:
             self._sweeping = True
             asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
 
+    def let_go(self, request: PacedRequest) -> None:
+        """Forget a request that was held."""
+        self._held.discard(request)
+
+    def release(self, queue: PacedQueue) -> None:
+        """Let a stream's consumer have all that is held of it."""
+        for request in [request for request in self._held if request.queue is queue]:
+            request.release()
+
     def _sweep(self) -> None:
         now = self.clock()
-        for queue in [queue for queue in self._held if queue.due <= now]:
-            self._held.discard(queue)
-            queue.release()
+        for request in [request for request in self._held if request.queue.due <= now]:
+            request.release()
         self._sweeping = bool(self._held)
         if self._sweeping:
             asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
@@ -66,57 +73,82 @@ class PacedQueue:
     """
 
     output: Any
+    due = 0.0
+    """When the consumer is to have more."""
+    ended = False
 
     def begin(self, pace: Pace) -> None:
-        """Take the place of the collector's own put and get."""
-        self.due = 0.0
-        self._pace = pace
-        self._free = self.output is not None
+        """Count as a stream, until closed."""
+        self.pace = pace
         self._error: Exception | None = None
         """One that came while an output was waiting."""
-        self._consumer: asyncio.Future[None] | None = None
         pace.begin()
 
     def put(self, output: Any) -> None:
-        """Take an output, or the error that ends the request."""
-        error = isinstance(output, Exception)
-        if self.output is None:
-            self.output = output
-        elif error:
-            self._error = output
-        else:
-            super().put(output)  # type: ignore[misc] # which merges
-        if error or output.finished or self.due <= self._pace.clock():
-            self.release()
-        elif not self._free:
-            self._pace.hold(self)
-
-    def release(self) -> None:
-        """Let the consumer have what is there."""
-        if self.output is not None:
-            self._free = True
-            if self._consumer is not None and not self._consumer.done():
-                self._consumer.set_result(None)
+        """Take an output, or the error that ends the request. It does not replace what was there before it."""
+        if isinstance(output, Exception):
+            self.due = 0.0
+            self.pace.release(self)
+            if self.output is not None:
+                self._error = output
+                return
+        super().put(output)  # type: ignore[misc] # the collector's, which merges
 
     def get_nowait(self) -> Any:
-        """Return what has accumulated if it is due, else None. An error comes after what was there before it."""
-        if not self._free:
-            return None
-        self.due = self._pace.due()
-        output, self.output, self._error = self.output, self._error, None
-        self._free = self.output is not None
-        if isinstance(output, Exception):
-            raise output
+        """Return what is there, or None. An error comes last."""
+        output = super().get_nowait()  # type: ignore[misc] # the collector's
+        if output is not None:
+            self._fetched()
         return output
 
     async def get(self) -> Any:
-        """Wait until something is due and return it."""
-        if not self._free:
-            self._consumer = asyncio.get_running_loop().create_future()
-            await self._consumer
-        return self.get_nowait()
+        """Wait until something is there and return it."""
+        output = await super().get()  # type: ignore[misc] # the collector's
+        self._fetched()
+        return output
 
     def close(self) -> None:
         """Forget the request."""
-        self._pace.end(self)
-        super().close()  # type: ignore[misc]
+        self.ended = True
+        self.pace.end()
+        super().close()  # type: ignore[misc] # the collector's
+
+    def _fetched(self) -> None:
+        self.due = self.pace.due()
+        if self._error is not None:
+            super().put(self._error)  # type: ignore[misc] # the collector's
+
+
+class PacedRequest:
+    """Put before vLLM's `RequestState` in a class of both, which an existing state is given. It has a paced queue.
+
+    With `n` above 1 there are several to a queue.
+    """
+
+    queue: PacedQueue
+    detokenizer: Any
+    stream_interval: int
+    sent_tokens_offset: int
+    """How many tokens were in outputs before. vLLM itself counts them only if its `stream_interval` is above 1."""
+
+    def make_request_output(
+        self, new_token_ids: list[int], pooling_output: Any, finish_reason: Any, *more: Any, **named: Any
+    ) -> Any:
+        """Return an output of all tokens that were in none before, or None if it is too early."""
+        queue = self.queue
+        if finish_reason is None and queue.due > queue.pace.clock():
+            queue.pace.hold(self)
+            return None
+        queue.pace.let_go(self)
+        if self.stream_interval == 1:
+            new_token_ids = self.detokenizer.output_token_ids[self.sent_tokens_offset :]
+            self.sent_tokens_offset = self.detokenizer.num_output_tokens()
+        return super().make_request_output(  # type: ignore[misc] # vLLM's
+            new_token_ids, pooling_output, finish_reason, *more, **named
+        )
+
+    def release(self) -> None:
+        """Let the consumer have what was held."""
+        self.queue.pace.let_go(self)
+        if not self.queue.ended and (output := self.make_request_output([], None, None, None)) is not None:
+            self.queue.put(output)

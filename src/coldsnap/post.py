@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -38,15 +38,12 @@ class Poster:
 
         Raises OSError (TimeoutError included) when none came; the POST may have had its effect.
         """
-        parts = urlsplit(url)
-        origin = _Origin(parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme])
-        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        head = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        origin, head = _head(url, headers)
         connection = self._kept(origin)
         if connection is None:
             async with asyncio.timeout(_SECONDS):
                 connection = await _connect(origin)
-        status = await connection.exchange(head.encode() + body)
+        status = await connection.exchange(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body))
         if connection.usable:
             self._idle.setdefault(origin, []).append(connection)
         return status
@@ -127,6 +124,15 @@ async def _connect(origin: _Origin) -> _Connection:
     tls = trust() if origin.scheme == "https" else None
     _, connection = await loop.create_connection(_Connection, origin.host, origin.port, ssl=tls)
     return connection
+
+
+@lru_cache(maxsize=1024)
+def _head(url: str, headers: str) -> tuple[_Origin, bytes]:
+    """Return where a POST goes and how it begins: the same for all chunks of a job."""
+    parts = urlsplit(url)
+    origin = _Origin(parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme])
+    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    return origin, f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\n{headers}".encode()
 
 
 @cache

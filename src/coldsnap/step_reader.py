@@ -10,11 +10,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from coldsnap.ledger import Step
+from coldsnap.ledger import DECODE, Step
 from coldsnap.step_meter import BROKEN, EVENT, HEADER
 
 _PIPE_BYTES = 1 << 20
@@ -104,6 +106,10 @@ def decode(data: bytes) -> Frame:
         events.append((data[at : at + length].decode() if begins else None, number))
         at += length
     words = np.frombuffer(data, "<u4", offset=at)
+    if decodes and not others:
+        numbers, context = words[::2].astype(np.intp), words[1::2].astype(np.float64)
+        step = Step(start, end, numbers, _one_decoded(decodes), context, plain=True)
+        return Frame(step, own, lost, lost_seconds, tuple(events))
     plain = words[: 2 * decodes].reshape(decodes, 2)
     other = words[2 * decodes :].reshape(others, 5)
     tokens = np.zeros((decodes + others, 3))
@@ -112,3 +118,11 @@ def decode(data: bytes) -> Frame:
     numbers = np.concatenate((plain[:, 0], other[:, 0])).astype(np.intp)
     context = np.concatenate((plain[:, 1], other[:, 4])).astype(np.float64)
     return Frame(Step(start, end, numbers, tokens, context), own, lost, lost_seconds, tuple(events))
+
+
+@cache
+def _one_decoded(requests: int) -> NDArray[np.float64]:
+    tokens = np.zeros((requests, 3))
+    tokens[:, DECODE] = 1
+    tokens.flags.writeable = False
+    return tokens

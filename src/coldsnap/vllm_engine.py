@@ -22,9 +22,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from coldsnap import arguments, asgi, processes, step_meter
+import orjson
+
+from coldsnap import arguments, asgi, imports, processes, remembered, step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import (
     ColdsnapError,
@@ -35,7 +38,8 @@ from coldsnap.errors import (
     ModelNotFound,
     SettingsError,
 )
-from coldsnap.pace import Pace, PacedQueue
+from coldsnap.imports import Deferral
+from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
@@ -62,6 +66,52 @@ _TEMPLATE_RESERVED = frozenset({
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
 """Arguments of `apply_chat_template` that a job may not give: its own template is code, as vLLM's server knows."""
+
+
+_TESTED = ("0.32.0",)
+"""Releases of which it is known what they need while they are imported."""
+
+# fmt: off
+_LATER = (
+    "aiohttp", "boto3", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "vllm.connections",
+    "vllm.entrypoints.mcp.tool_server", "vllm.entrypoints.serve", "vllm.parser", "vllm.parser.engine.adapters",
+    "vllm.transformers_utils.processor",
+)
+"""Modules that the front end needs: imported beside the engine's start."""
+_ON_DEMAND = (
+    "compressed_tensors.modeling", "compressed_tensors.modeling.attention", "compressed_tensors.modeling.kvcache",
+    "compressed_tensors.offload", "torch._dynamo.symbolic_convert", "transformers.activations",
+    "transformers.generation.utils", "transformers.image_processing_utils", "transformers.modeling_utils",
+)
+# fmt: on
+"""Modules that only a compiler, a compressor and transformers' own models need, and that import each other."""
+
+
+def _unchanged(function: Any = None, *_: object, **__: object) -> Any:
+    """What each of `torch._dynamo`'s decorators amounts to when TORCHDYNAMO_DISABLE is set."""
+    return (lambda decorated: decorated) if function is None else function
+
+
+_WITHOUT_COMPILER: Mapping[str, Mapping[str, Any]] = {
+    "torch._dynamo": {
+        "allow_in_graph": _unchanged,
+        "assume_constant_result": _unchanged,
+        "disable": _unchanged,
+        "optimize": lambda *_, **__: _unchanged,
+        "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
+    },
+    "torch._inductor": {},
+}
+_COMPILERS_PARTS = (
+    "torch._dynamo.backends",
+    "torch._dynamo.config",
+    "torch._dynamo.symbolic_convert",
+    "torch._inductor.compiler_bisector",
+    "torch._inductor.config",
+    "torch._inductor.custom_graph_pass",
+    "torch._inductor.runtime",
+)
+"""Parts of torch's compiler that do without the whole of it."""
 
 
 class _Unprocessable(InvalidInput):
@@ -148,6 +198,15 @@ def load(environ: Mapping[str, str]) -> None:
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
+    found = remembered.Remembered(cache_folders(environ)["vllm"] / "coldsnap-imports", remembered.environment_key())
+    tested = version().partition("+")[0] in _TESTED
+    Deferral(
+        _LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}
+    ).begin()
+    search = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = lambda: found.answer("packages_distributions", search)
+    if environ.get("TORCHDYNAMO_DISABLE") == "1" and tested:
+        Deferral(_ON_DEMAND, _WITHOUT_COMPILER, _COMPILERS_PARTS).begin()
     if environ.get("TORCHDYNAMO_DISABLE") == "1":
         with _absent("torch._inductor.lowering"):
             importlib.import_module("vllm")
@@ -156,16 +215,45 @@ def load(environ: Mapping[str, str]) -> None:
     # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
     logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
     importlib.import_module(_parser_module())
+    importlib.metadata.packages_distributions = search
+    found.keep()
 
 
-def inspect_models(architectures: Sequence[str]) -> list[str]:
+def _remember(module: Any, found: remembered.Remembered) -> None:
+    """Spare transformers its look at the source of its 3,000 files, twice, for which class is where."""
+    search = module.create_import_structure_from_path
+
+    def remembering(path: Any) -> Any:
+        folder = Path(path).parent if Path(path).is_file() else Path(path)
+        return found.answer(str(folder), lambda: search(folder)) if folder.name == "models" else search(path)
+
+    module.create_import_structure_from_path = remembering
+
+
+def inspect_models(architectures: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Have vLLM look at these classes and cache what it finds, as the first boot would; return those it knows."""
+    load(environ)
     from vllm.model_executor.models.registry import ModelRegistry
 
     known = [name for name in architectures if name in ModelRegistry.models]
     for name in known:
         ModelRegistry.models[name].inspect_model_cls()
     return known
+
+
+def _register_models(folder: Path) -> None:
+    """Import the classes that a checkpoint names, and give them to vLLM.
+
+    It would start a process that looks at them, eight seconds, so as not to touch a GPU in this one; where there is
+    none there is nothing to touch, and the engine's process needs them anyway.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    config = folder / "config.json"
+    for name in orjson.loads(config.read_bytes()).get("architectures") or () if config.is_file() else ():
+        with contextlib.suppress(ImportError, AttributeError):  # vLLM's own way says what is wrong with it
+            if name in ModelRegistry.models:
+                ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 @contextlib.contextmanager
@@ -190,7 +278,8 @@ def _absent(module: str) -> Iterator[None]:
 
 
 def load_http() -> None:
-    """Import what the HTTP application needs, so that building it takes a moment only."""
+    """Import what the HTTP application needs, so that building it takes a moment only, and all that was put off."""
+    imports.settle()
     _builders()
 
 
@@ -211,6 +300,7 @@ def boot(
     `mark` is called with the name of each phase as it ends: `configure`, `engine`.
     Raises `SettingsError` for a wrong argument and `EngineBootError` for anything else that vLLM refuses.
     """
+    import vllm.envs
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -226,6 +316,8 @@ def boot(
     for suspect, near in parsed.suspects.items():
         warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
     args = parsed.namespace
+    if is_cpu_build():
+        _register_models(Path(model))
     try:
         cli.validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
@@ -257,6 +349,7 @@ def boot(
             accounts.reader.opened()
     if energy is not None:
         energy.start()
+    vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
@@ -438,10 +531,8 @@ class VllmEngine:
 def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
-        """A request's outputs."""
+    processor = _paced(pace)
 
     async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
         meter = _METER.get() or Meter()
@@ -462,6 +553,12 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
             accounts.close(account, aborted=aborted)
 
     class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.output_processor.__class__ = processor
+            # It counts tokens for Prometheus at each step; `/metrics` is closed, and nobody reads what it logs.
+            self.logger_manager = None
+
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
@@ -471,19 +568,36 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
                 calls.append(call)
             return call
 
-        async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            queue = await super().add_request(request_id, prompt, params, *args, **kwargs)
-            if queue.aggregate:  # a stream of deltas
-                queue.__class__ = Queue
-                queue.begin(pace)
-            return queue
-
         def encode(
             self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
         ) -> AsyncGenerator[Any, None]:
             return metered(super().encode(prompt, pooling_params, request_id, *args, **kwargs), request_id, 1)
 
     return MeteredLLM
+
+
+def _paced(pace: Pace) -> type:
+    """Return vLLM's `OutputProcessor`, with every stream of deltas paced."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+
+    class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
+        """A request's outputs."""
+
+    class Paced(PacedRequest, RequestState):  # type: ignore[misc] # vLLM is not followed
+        """A request's tokens."""
+
+    class Processor(OutputProcessor):  # type: ignore[misc] # vLLM is not followed
+        def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+            super().add_request(request, *args, **kwargs)
+            state = self.request_states[request.request_id]
+            # A stream of deltas; not one of an input that is a stream itself.
+            if state.__class__ is RequestState and state.queue and state.queue.aggregate and not state.streaming_input:
+                if not isinstance(state.queue, Queue):  # with `n` above 1 there are several requests to it
+                    state.queue.__class__ = Queue
+                    state.queue.begin(pace)
+                state.__class__ = Paced
+
+    return Processor
 
 
 def _unmetered(config: Any) -> str | None:

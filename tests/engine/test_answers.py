@@ -59,15 +59,15 @@ async def test_a_job_streams_only_when_asked_to(plane: ControlPlane) -> None:
     assert len(await plane.submit({"messages": [user(QUESTION)]}).result(10)) == 1
 
 
-async def test_the_first_token_leaves_at_once_and_the_rest_at_most_every_20_ms(worker: Worker) -> None:
+async def test_the_first_token_leaves_at_once_and_the_rest_at_most_every_4_ms(worker: Worker) -> None:
     job = worker.ask("hi", sampling_params=STEADY | {"max_tokens": 1500})
     chunks = await job.result(20)
     assert 0 < len(chunks[0]["text"]) < 50  # a character a token
-    assert 5 < len(chunks) < 500
+    assert 5 < len(chunks) < 1000
     assert len(text(chunks)) == 1500
     *paced, _, _ = job.timestamps.chunks  # what is left at the end, and the last chunk, do not wait
-    # A stream is due 20 ms after its last chunk left vLLM's queue; a POST that was late may be two chunks' time short.
-    assert len(paced) - 3 < (paced[-1] - paced[0]) / 0.02
+    # A stream is due 4 ms after its last chunk left vLLM's queue; a POST that was late may be two chunks' time short.
+    assert len(paced) - 3 < (paced[-1] - paced[0]) / 0.004
 
 
 async def test_a_raw_prompt_is_continued_without_the_chat_template(plane: ControlPlane) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from coldsnap import arguments, routes, vllm_engine
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput, JobError, RouteRefused
-from coldsnap.pace import Pace, PacedQueue
+from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
 from .worker import MANIFEST, ROOT, SNAPSHOT
 
@@ -299,38 +299,51 @@ def test_one_module_imports_vllm_and_one_the_sdk() -> None:
 # The queue of a request.
 
 
-async def test_a_requests_queue_is_one_that_the_pace_can_take_over() -> None:
-    from vllm.outputs import CompletionOutput, RequestOutput
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.output_processor import RequestOutputCollector
-
-    def output(text: str, *, finished: bool = False) -> Any:
-        reason = "stop" if finished else None
-        part = CompletionOutput(0, text, [ord(text)], None, None, finish_reason=reason)
-        return RequestOutput("x", None, [1], None, [part], finished)
+async def test_a_requests_queue_and_its_state_are_ones_that_the_pace_can_take_over() -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 
     class Queue(PacedQueue, RequestOutputCollector):  # type: ignore[misc] # vLLM is not followed
         pass
 
-    queue: Any = RequestOutputCollector(RequestOutputKind.DELTA, "x")
+    class Paced(PacedRequest, RequestState):  # type: ignore[misc] # vLLM is not followed
+        pass
+
+    tokenizer = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
+    tokens = tokenizer.encode("Start the process, import the engine.").ids
+    processor = OutputProcessor(PreTrainedTokenizerFast(tokenizer_object=tokenizer), log_stats=False)
+    sampling = SamplingParams(max_tokens=100, output_kind=RequestOutputKind.DELTA)
+    request = EngineCoreRequest("x-1", [1, 2], None, sampling, None, 0.0, None, None, None, external_req_id="x")
+    queue: Any = RequestOutputCollector(RequestOutputKind.DELTA, "x-1")
     assert queue.aggregate
+    processor.add_request(request, "", None, 0, queue)
     queue.__class__ = Queue
     queue.begin(Pace(3600.0))
-    queue.put(output("a"))
-    assert (await queue.get()).outputs[0].text == "a"
-    for text in "bcd":
-        queue.put(output(text))
-    assert queue.get_nowait() is None
-    queue.put(output("e", finished=True))
+    state = processor.request_states["x-1"]
+    assert (state.stream_interval, state.sent_tokens_offset, state.streaming_input) == (1, 0, False)
+    state.__class__ = Paced
+
+    processor.process_outputs([EngineCoreOutput("x-1", tokens[:1])])
+    first = await queue.get()
+    for token in tokens[1:-1]:
+        processor.process_outputs([EngineCoreOutput("x-1", [token])])
+        assert queue.get_nowait() is None
+    processor.process_outputs([EngineCoreOutput("x-1", tokens[-1:], finish_reason=FinishReason.LENGTH)])
     last = await queue.get()
-    assert (last.finished, last.outputs[0].text, last.outputs[0].finish_reason) == (True, "bcde", "stop")
-    assert list(last.outputs[0].token_ids) == [ord(text) for text in "bcde"]
+    assert (first.finished, last.finished, last.outputs[0].finish_reason) == (False, True, "length")
+    assert [*first.outputs[0].token_ids, *last.outputs[0].token_ids] == tokens
+    assert first.outputs[0].text + last.outputs[0].text == tokenizer.decode(tokens)
     queue.close()
 
 
-def test_a_request_is_added_where_its_queue_can_be_paced() -> None:
+def test_requests_are_added_and_made_into_outputs_where_they_can_be_paced() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
 
-    source = inspect.getsource(AsyncLLM.generate)
-    for call in ("self.add_request(", "q.get_nowait() or await q.get()", "q.close()"):
-        assert call in source
+    source = inspect.getsource(AsyncLLM)
+    for part in ("q.get_nowait() or await q.get()", "q.close()", "_processor.add_request(", "[self.logger_manager]"):
+        assert part in source
+    assert "req_state.make_request_output(" in inspect.getsource(OutputProcessor.process_outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from coldsnap.books import Books
 from coldsnap.engine import Usage
-from coldsnap.ledger import EMPTY, LOST, RECOMPUTE, TAIL, Ledger, Step, shares
+from coldsnap.ledger import DECODE, EMPTY, LOST, RECOMPUTE, TAIL, Ledger, Step, decode_shares, shares
 from coldsnap.step_model import StepModel
 
 Tokens = tuple[int, int, int]
@@ -66,6 +67,22 @@ def test_more_tokens_never_cost_less(requests: list[tuple[Tokens, int]], theta: 
     after = shares(make_step([(tuple(more), context), *others]), theta)[0].sum()  # type: ignore[list-item]
     assume(theta.any())
     assert after >= before * (1 - 1e-9)
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1, max_size=12), coefficients, seconds)
+def test_a_step_that_only_decodes_is_charged_in_short_as_it_is_at_length(
+    contexts: list[int], theta: np.ndarray, duration: float
+) -> None:
+    step = make_step([((0, 1, 0), context) for context in contexts], duration)
+    plain = replace(step, plain=True)
+    assert decode_shares(plain, theta) == pytest.approx(shares(step, theta)[:, DECODE])
+    assert plain.work == pytest.approx(step.work)
+    ledgers = Ledger(StepModel(1e9, 1e3)), Ledger(StepModel(1e9, 1e3))
+    for ledger, each in zip(ledgers, (plain, step), strict=True):
+        for _ in range(3):
+            ledger.charge(each, 1e-6)
+    assert ledgers[0].held == pytest.approx(ledgers[1].held)
+    assert ledgers[0].usage().busy == pytest.approx(ledgers[1].usage().busy)
 
 
 @given(batch, coefficients)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coldsnap.pace import Pace, PacedQueue
+from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
 INTERVAL = 0.02
 
@@ -25,11 +25,29 @@ class Collector:
 
     def __init__(self) -> None:
         self.output: Any = None
+        self.ready = asyncio.Event()
         self.closed = False
 
-    def put(self, output: Output) -> None:
-        self.output.text += output.text
-        self.output.finished |= output.finished
+    def put(self, output: Output | Exception) -> None:
+        if self.output is None or isinstance(output, Exception):
+            self.output = output
+            self.ready.set()
+        else:
+            self.output = Output(self.output.text + output.text, output.finished)
+
+    async def get(self) -> Output:
+        while self.output is None:
+            await self.ready.wait()
+        output = self.get_nowait()
+        assert output is not None
+        return output
+
+    def get_nowait(self) -> Output | None:
+        output, self.output = self.output, None
+        self.ready.clear()
+        if isinstance(output, Exception):
+            raise output
+        return output
 
     def close(self) -> None:
         self.closed = True
@@ -37,6 +55,39 @@ class Collector:
 
 class Queue(PacedQueue, Collector):
     pass
+
+
+class Detokenizer:
+    def __init__(self) -> None:
+        self.output_token_ids: list[int] = []
+
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+
+class State:
+    """What vLLM's `RequestState` does: an output of the tokens that it is given."""
+
+    def __init__(self, queue: Queue, stream_interval: int = 1) -> None:
+        self.queue = queue
+        self.detokenizer = Detokenizer()
+        self.stream_interval = stream_interval
+        self.sent_tokens_offset = 0
+
+    def make_request_output(self, new_token_ids: list[int], _pooling: Any, finish_reason: Any, _stop: Any) -> Output:
+        return Output("".join(map(chr, new_token_ids)), finish_reason is not None)
+
+
+class Request(PacedRequest, State):
+    """With a step of the engine, as vLLM's output processor takes it."""
+
+    queue: Queue
+
+    def step(self, token: str, *, last: bool = False) -> None:
+        self.detokenizer.output_token_ids.append(ord(token))
+        output = self.make_request_output([ord(token)], None, "stop" if last else None, None)
+        if output is not None:
+            self.queue.put(output)
 
 
 def pace(interval: float = INTERVAL) -> Pace:
@@ -50,13 +101,16 @@ def begun(clock: Pace) -> Queue:
 
 
 async def feed(queue: Queue, *steps: str | float | Exception) -> None:
-    """Put texts and errors, and sleep; the last text ends the request."""
+    """Let the engine give tokens and errors, and take its time; the last token ends the request."""
+    request = Request(queue)
     last = max((i for i, step in enumerate(steps) if isinstance(step, str)), default=-1)
     for number, step in enumerate(steps):
         if isinstance(step, float):
             await asyncio.sleep(step)
+        elif isinstance(step, str):
+            request.step(step, last=number == last)
         else:
-            queue.put(Output(step, number == last) if isinstance(step, str) else step)
+            queue.put(step)
 
 
 async def read(queue: Queue) -> list[tuple[float, str]]:
@@ -94,7 +148,7 @@ async def test_an_output_after_a_pause_does_not_wait() -> None:
 async def test_what_is_due_leaves_though_the_engine_is_long_at_its_next_step() -> None:
     got = await run("a", 0.005, "b", 3.0, "c")
     assert [text for _, text in got] == ["a", "b", "c"]
-    assert got[1][0] == pytest.approx(0.025)  # due at 0.02; looked for every 10 ms
+    assert got[1][0] == pytest.approx(0.021)  # due at 0.02; looked for every 4 ms
 
 
 async def test_a_steady_stream_loses_nothing_and_keeps_its_order() -> None:
@@ -115,13 +169,14 @@ async def test_an_interval_of_zero_passes_every_output_on() -> None:
 
 async def test_an_error_does_not_wait_and_comes_after_what_was_there() -> None:
     queue = begun(pace())
-    await feed(queue, "a", "b", "c", "z")
-    queue = begun(pace())
-    queue.put(Output("a"))
+    request = Request(queue)
+    request.step("a")
     assert (await queue.get()).text == "a"
-    queue.put(Output("b"))
+    request.step("b")
+    request.step("c")
+    assert queue.get_nowait() is None
     queue.put(RuntimeError("the engine died"))
-    assert (await queue.get()).text == "b"
+    assert (await queue.get()).text == "bc"
     with pytest.raises(RuntimeError, match="died"):
         await queue.get()
 
@@ -133,11 +188,31 @@ async def test_an_error_alone_is_raised() -> None:
         queue.get_nowait()
 
 
-async def test_what_was_put_before_the_pace_began_is_not_lost() -> None:
-    queue = Queue()
-    queue.output = Output("early")
-    queue.begin(pace())
-    assert (await queue.get()).text == "early"
+async def test_requests_that_share_a_queue_share_its_pace_and_none_of_them_starves() -> None:
+    queue = begun(pace())
+    one, other = Request(queue), Request(queue)
+    one.step("a")
+    other.step("A")
+    assert (await queue.get()).text == "aA"
+    one.step("b")
+    other.step("B")
+    assert queue.get_nowait() is None
+    await asyncio.sleep(INTERVAL)
+    one.step("c", last=True)
+    other.step("C")
+    assert sorted((await queue.get()).text) == sorted("bcBC")
+    other.step("D", last=True)
+    assert (await queue.get()).text == "D"
+
+
+async def test_vllms_own_interval_counts_its_tokens_itself() -> None:
+    queue = begun(pace())
+    request = Request(queue, stream_interval=4)
+    request.step("a")
+    assert (await queue.get()).text == "a"
+    request.step("b", last=True)
+    assert (await queue.get()).text == "b"
+    assert request.sent_tokens_offset == 0
 
 
 async def test_many_streams_widen_the_pace_up_to_a_bound_and_ended_ones_do_not_count() -> None:
@@ -160,15 +235,18 @@ async def test_a_wider_setting_is_kept() -> None:
 async def test_a_cancelled_consumer_leaves_nothing_behind() -> None:
     clock = pace()
     queue = begun(clock)
+    request = Request(queue)
     waiting = asyncio.create_task(queue.get())
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait([waiting])
-    queue.put(Output("a"))
-    assert queue.get_nowait().text == "a"
-    queue.put(Output("b"))
+    request.step("a")
+    assert (await queue.get()).text == "a"
+    request.step("b")
     queue.close()
     await asyncio.sleep(1.0)
+    assert queue.get_nowait() is None
+    assert not clock._held
 
 
 async def test_sweeps_end_with_the_streams() -> None:

@@ -99,6 +99,12 @@ class TestCalibration:
         assert (known.worker.speed.sequences, known.worker.speed.tokens, known.worker.speed.cache) == (64, 4096, 1e5)
         assert (known.concurrency, known.requests, known.limits_known) == (32, 200, True)
 
+    def test_the_order_of_the_lines_does_not_matter(self, tmp_path: Path) -> None:
+        records = ledger()
+        forward, backward = learn(tmp_path, records), learn(tmp_path, records[::-1])
+        assert backward.worker.speed == forward.worker.speed
+        assert (backward.correction, backward.widest) == (forward.correction, forward.widest)
+
     def test_a_boot_is_longer_by_what_the_first_job_waits_for(self, tmp_path: Path) -> None:
         boots = learn(tmp_path, ledger()).worker.boots
         assert boots == pytest.approx([20.0 + FIRST_JOB, 22.0 + FIRST_JOB, 27.0 + FIRST_JOB], abs=0.01)
@@ -209,7 +215,8 @@ class TestCommand:
         assert "$0.00116 a second flex, $0.000930 active, for each of 1 NVIDIA H100 80GB HBM3" in said
         assert re.search(r"^\s*→", said, re.MULTILINE)
         assert re.search(r"^\s*defaults", said, re.MULTILINE)
-        assert f"{best['active']} active, at most {best['most']}" in said
+        assert f": {best['active']} active, " in said
+        assert f"MAX_CONCURRENCY={best['concurrency']}" in said
 
     def test_a_point_of_the_plan_is_what_the_simulation_says(self, places: tuple[Path, Path], tmp_path: Path) -> None:
         out = tmp_path / "plan.json"

@@ -20,7 +20,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
-DESK = {name for name in OURS if name.startswith(("report/", "platform/"))}
+DESK = {name for name in OURS if name.startswith(("plan/", "report/", "platform/"))}
 """Tools of the desk: a database, plots, a server may take time to import, and the worker never waits for them."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
@@ -96,7 +96,7 @@ def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
         return found
 
     assert {"worker", "boot", "vllm_engine", "records"} < reaches("worker")
-    assert {name for name in reaches("worker") if name.startswith(("report", "platform"))} == set()
+    assert {name for name in reaches("worker") if name.startswith(("plan/", "report", "platform"))} == set()
     assert {"report/command", "report/plots", "records"} < reaches("report/command")
 
 

@@ -77,7 +77,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     assert settings.snapshot_verify == "full"
     assert not settings.allow_hub
     assert settings.max_concurrency == 128
-    assert settings.chunk_interval_ms == 20
+    assert settings.chunk_interval_ms == 4
     assert settings.ledger_dir == ROOT / ".coldsnap"
     assert not settings.on_platform
 

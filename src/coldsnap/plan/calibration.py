@@ -86,7 +86,8 @@ def read(
             if endpoint in (None, record["endpoint_id"]):
                 records[record["record"]].append(record)
     name = _one_model(records, model)
-    requests = [record for record in records["request"] if record["model"] == name and _useful(record)]
+    useful = (record for record in records["request"] if record["model"] == name and _useful(record))
+    requests = sorted(useful, key=_written)  # the uploads of workers come in any order
     fits = [record for record in requests if record.get("fit")]
     if len(requests) < LEAST_REQUESTS or not fits:
         raise PlanError(
@@ -129,6 +130,10 @@ def read(
 
 def _useful(record: Record) -> bool:
     return bool(record.get("ttft_seconds") and record["completion_tokens"] and not record.get("estimated"))
+
+
+def _written(record: Record) -> float:
+    return datetime.fromisoformat(record["time"]).timestamp()
 
 
 def _one_model(records: dict[str, list[Record]], wanted: str | None) -> str:
@@ -199,9 +204,7 @@ def _again(speed: Speed, requests: Sequence[Record]) -> tuple[np.ndarray[Any, An
     """Return when each request has its first and last token, in seconds after it came to its worker."""
     prompts = [max(1, record["prompt_tokens"] - record["cached_tokens"]) for record in requests]
     outputs = [record["completion_tokens"] for record in requests]
-    came = np.array(
-        [datetime.fromisoformat(record["time"]).timestamp() - record["duration_seconds"] for record in requests]
-    )
+    came = np.array([_written(record) - record["duration_seconds"] for record in requests])
     first, last = np.zeros(len(requests)), np.zeros(len(requests))
     workers: dict[tuple[str, str], list[int]] = defaultdict(list)
     for number, record in enumerate(requests):

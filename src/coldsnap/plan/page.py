@@ -9,6 +9,7 @@ import matplotlib as mpl
 from coldsnap.plan import words
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.frontier import Plan
+from coldsnap.plural import plural
 from coldsnap.report import notation
 from coldsnap.report.page import templates
 from coldsnap.report.plots import ACCENT, INK, MUTED, RULE, SECOND, STYLE, figure, plain, svg
@@ -26,6 +27,7 @@ def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
             asked=asked,
             known=known,
             words=words,
+            plural=plural,
             rows=list(words.rows(plan, asked)),
             plot=draw(plan, asked),
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -10,6 +10,7 @@ from rich.text import Text
 from coldsnap.plan import words
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.frontier import Plan
+from coldsnap.plural import plural
 
 _STYLES = {"recommended": "bold", "current": "dim", "other": ""}
 
@@ -30,4 +31,4 @@ def show(plan: Plan, known: Calibration, asked: words.Asked, console: Console) -
         console.print(Text(f"! {line}", style="yellow"))
     if plan.target is None or plan.recommended:
         console.print(Text(words.verdict(plan, asked)))
-    console.print(Text(f"{len(plan.points)} settings simulated in {plan.took:.1f} s.", style="dim"))
+    console.print(Text(f"{plural(len(plan.points), 'setting')} simulated in {plan.took:.1f} s.", style="dim"))

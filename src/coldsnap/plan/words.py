@@ -9,7 +9,7 @@ from statistics import median
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.frontier import Plan, Point
 from coldsnap.plan.simulation import Choice, Traffic
-from coldsnap.report.notation import count, digits, seconds, usd
+from coldsnap.report.notation import NONE, count, digits, seconds, usd
 
 _SHOWN_CONTEXT = 1000
 _EXTRAPOLATED = 2.0
@@ -32,9 +32,10 @@ class Asked:
 
 
 COLUMNS = (
-    "", "active", "max", "idle timeout", "concurrency", "cost an hour", "for 1,000 requests", "p50 TTFT", "p95 TTFT",
-    "p99 TTFT", "p95 to the end", "cold starts", "busy",
+    "", "active", "max", "idle", "jobs", "an hour", "1,000 req.", "p50 TTFT", "p95 TTFT", "p99 TTFT", "p95 in all",
+    "boots", "busy",
 )  # fmt: skip
+"""`jobs` is MAX_CONCURRENCY."""
 
 
 def rows(plan: Plan, asked: Asked) -> Iterator[tuple[str, list[str]]]:
@@ -61,11 +62,9 @@ def seconds_of_gpu(value: float | None) -> str:
 
 
 def settings(point: Point) -> str:
-    """Return a point's settings in words."""
-    return (
-        f"{point.active} active, at most {point.most}, idle timeout {point.idle:g} s, "
-        f"MAX_CONCURRENCY={point.concurrency}"
-    )
+    """Return a point's settings in words. Without workers that may end there is no idle timeout."""
+    above = f"at most {point.most}, idle timeout {point.idle:g} s" if point.most > point.active else "no more"
+    return f"{point.active} active, {above}, MAX_CONCURRENCY={point.concurrency}"
 
 
 def about(plan: Plan, asked: Asked) -> str:
@@ -158,7 +157,8 @@ def span(value: float) -> str:
 
 def _cells(plan: Plan, asked: Asked, point: Point) -> list[str]:
     return [
-        str(point.active), str(point.most), f"{point.idle:g} s", str(point.concurrency),
+        str(point.active), str(point.most), f"{point.idle:g} s" if point.most > point.active else NONE,
+        str(point.concurrency),
         cost(plan, asked, point, per="hour"), cost(plan, asked, point, per="requests"),
         *(seconds(value) for value in (point.ttft50, point.ttft95, point.ttft99, point.total95)),
         count(point.boots), f"{point.utilisation:.0%}",

@@ -88,8 +88,8 @@ def _groups(figures: Figures, by: str, loaded: str, console: Console) -> None:
         console,
         "For 1M tokens: input is prompt tokens that were not cached",
         (
-            by, "input tokens", "cached", "output tokens", "in: GPU-s", "in: loaded", "in: $", "in: loaded $",
-            "out: GPU-s", "out: loaded", "out: $", "out: loaded $",
+            by, "input\ntokens", "cached", "output\ntokens",
+            *(f"{side}:\n{what}" for side in ("in", "out") for what in ("GPU-s", "loaded", "$", "loaded $")),
         ),
         (
             [
