@@ -341,10 +341,8 @@ def boot(
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
-        llm = _metered_llm(accounts, Pace(chunk_interval)).from_vllm_config(
-            config,
-            enable_log_requests=args.enable_log_requests,
-            disable_log_stats=args.disable_log_stats or not metrics,
+        llm = _metered_llm(accounts, Pace(chunk_interval), metrics=metrics).from_vllm_config(
+            config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
         raise EngineBootError(arguments.blame(parsed, _first_complaint(error))) from error
@@ -533,7 +531,7 @@ class VllmEngine:
             raise InvalidInput(f"{where}: {message}", param=where) from error
 
 
-def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
+def _metered_llm(accounts: Accounts, pace: Pace, *, metrics: bool) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -561,6 +559,8 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.output_processor.__class__ = processor
+            if not metrics:
+                self.logger_manager = None
 
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
