@@ -96,7 +96,10 @@ class Deferral(importlib.abc.MetaPathFinder):
         if self._alone(name):
             self.real(name.rpartition(".")[0])
             if name in sys.modules:  # its package has imported it: that one, not another
-                return ModuleSpec(name, _Loaded(sys.modules[name]))
+                module = sys.modules[name]
+                loaded = ModuleSpec(name, _Loaded(module))
+                module.__spec__ = loaded  # which the import system would execute once more; the loader puts it back
+                return loaded
         if name in self._after:
             spec = PathFinder.find_spec(name, path)
             if spec is not None and spec.loader is not None:
