@@ -173,6 +173,8 @@ class _Shell(ModuleType):
             raise AttributeError(name)
         deferral, module = self.__dict__["_deferral"], self.__name__
         part = f"{module}.{name}"
+        if (real := sys.modules.get(module, self)) is not self:  # there by now, or half imported
+            return getattr(real, name)
         if name in deferral.answers.get(module, ()):
             return deferral.answers[module][name]
         if part in sys.modules:
