@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
     "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
     "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),
+    "bench": ("coldsnap.load.command", "Load an endpoint: latency, throughput, goodput, errors, cost."),
 }
 """Name -> module, and what it does in one line."""
 

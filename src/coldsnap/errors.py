@@ -89,6 +89,10 @@ class TraceError(CommandError):
     """A trace of requests cannot be read; the message names the file, the line and the field."""
 
 
+class BenchError(CommandError):
+    """`coldsnap bench` cannot load an endpoint; the message names the option."""
+
+
 class PlanError(CommandError):
     """A plan cannot be made; the message names the option, or what the ledger lacks and how to get it."""
 

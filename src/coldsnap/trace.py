@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from coldsnap.errors import TraceError
+from coldsnap.plural import plural
 
 _GZIP = b"\x1f\x8b"
 _SHOWN = 60
@@ -107,7 +108,7 @@ def _ledger(place: str, lines: Iterable[_Line], note: Callable[[str], None] | No
         besides = f", {left_out} without tokens" if left_out else ""
         raise TraceError(f"{place}: no request in this ledger could be replayed{besides}; expected records of requests")
     if left_out and note is not None:
-        note(f"{place}: {left_out} requests had no tokens and are left out")
+        note(f"{place}: {plural(left_out, 'request')} without tokens left out")
     found.sort(key=lambda each: each.time)
     for each in found:
         yield Arrival(each.time - found[0].time, each.prompt_tokens, each.output_tokens)

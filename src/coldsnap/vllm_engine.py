@@ -294,12 +294,14 @@ def boot(
     engine_environ: Mapping[str, str],
     digest: str | None,
     chunk_interval: float,
+    metrics: bool,
     mark: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> VllmEngine:
     """Start the engine on `model` and return it, ready to generate.
 
-    `mark` is called with the name of each phase as it ends: `configure`, `engine`.
+    `mark` is called with the name of each phase as it ends: `configure`, `engine`. With `metrics` vLLM
+    counts for Prometheus at each step, which a push alone shows to anybody.
     Raises `SettingsError` for a wrong argument and `EngineBootError` for anything else that vLLM refuses.
     """
     import vllm.envs
@@ -341,7 +343,9 @@ def boot(
     gc.freeze()
     try:
         llm = _metered_llm(accounts, Pace(chunk_interval)).from_vllm_config(
-            config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
+            config,
+            enable_log_requests=args.enable_log_requests,
+            disable_log_stats=args.disable_log_stats or not metrics,
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
         raise EngineBootError(arguments.blame(parsed, _first_complaint(error))) from error
@@ -558,8 +562,6 @@ def _metered_llm(accounts: Accounts, pace: Pace) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.output_processor.__class__ = processor
-            # It counts tokens for Prometheus at each step; `/metrics` is closed, and nobody reads what it logs.
-            self.logger_manager = None
 
         def generate(
             self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any

@@ -10,15 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from coldsnap import bundle
 from coldsnap.s3 import Bucket, Place
 
 from .conftest import Boot
-from .worker import CORPUS, EMOJI_ONLY, Worker, environment, eventually, text
+from .worker import CORPUS, EMOJI_ONLY, ROOT, SNAPSHOT, Worker, environment, eventually, text
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 MODELINFO = Path(".cache/vllm/modelinfos")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def inspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Have vLLM fill its caches as an image's build does: an eager engine on a processor computes nothing to keep."""
+    home = tmp_path_factory.mktemp("inspected")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, ROOT / "builder" / "finish_image.py", SNAPSHOT, env=environment(home, home)
+    )
+    assert await process.wait() == 0
+    return home
+
+
+@pytest.fixture
+def home(inspected: Path, tmp_path: Path) -> Path:
+    """The home of a worker that has its caches; each test has its own."""
+    return Path(shutil.copytree(inspected, tmp_path / "home"))
 
 
 async def serves(worker: Worker) -> dict[str, Any]:
@@ -35,10 +53,9 @@ async def stored(worker: Worker) -> None:
 
 
 async def test_the_next_boot_finds_the_bundle_on_the_volume_and_a_damaged_one_is_refused_and_made_anew(
-    tmp_path: Path,
+    home: Path, tmp_path: Path
 ) -> None:
-    home, volume = tmp_path / "home", tmp_path / "volume"
-    home.mkdir()
+    volume = tmp_path / "volume"
     volume.mkdir()
 
     def worker(name: str) -> Worker:

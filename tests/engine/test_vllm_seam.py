@@ -344,6 +344,6 @@ def test_requests_are_added_and_made_into_outputs_where_they_can_be_paced() -> N
     from vllm.v1.engine.output_processor import OutputProcessor
 
     source = inspect.getsource(AsyncLLM)
-    for part in ("q.get_nowait() or await q.get()", "q.close()", "_processor.add_request(", "[self.logger_manager]"):
+    for part in ("q.get_nowait() or await q.get()", "q.close()", "_processor.add_request("):
         assert part in source
     assert "req_state.make_request_output(" in inspect.getsource(OutputProcessor.process_outputs)

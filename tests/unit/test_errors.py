@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 import coldsnap
-from coldsnap.errors import BootError, ColdsnapError, CommandError, EngineDead, InvalidInput, JobError
+from coldsnap.errors import BootError, CacheError, ColdsnapError, CommandError, EngineDead, InvalidInput, JobError
 
 
 def tree(root: type[ColdsnapError] = ColdsnapError) -> Iterator[type[ColdsnapError]]:
@@ -68,7 +68,7 @@ def test_the_message_is_what_the_error_prints(error: type[ColdsnapError]) -> Non
 
 @pytest.mark.parametrize("error", PUBLIC)
 def test_an_error_ends_the_boot_the_job_or_the_worker(error: type[ColdsnapError]) -> None:
-    kinds = [kind for kind in (BootError, JobError, EngineDead, CommandError) if issubclass(error, kind)]
+    kinds = [kind for kind in (BootError, JobError, EngineDead, CommandError, CacheError) if issubclass(error, kind)]
     assert len(kinds) == (error is not ColdsnapError)
     assert error.survives == (not issubclass(error, BootError | EngineDead))
 

@@ -20,7 +20,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
-DESK = {name for name in OURS if name.startswith(("plan/", "report/", "platform/"))}
+DESK = {name for name in OURS if name.startswith(("report/", "platform/", "plan/", "load/"))}
 """Tools of the desk: a database, plots, a server may take time to import, and the worker never waits for them."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
@@ -96,7 +96,7 @@ def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
         return found
 
     assert {"worker", "boot", "vllm_engine", "records"} < reaches("worker")
-    assert {name for name in reaches("worker") if name.startswith(("plan/", "report", "platform"))} == set()
+    assert {name for name in reaches("worker") if name.startswith(("report", "platform", "plan", "load"))} == set()
     assert {"report/command", "report/plots", "records"} < reaches("report/command")
 
 
@@ -129,8 +129,8 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
     # worker and warm hand os.environ to Settings.read and to the boot, platform/serve to the workers that it starts;
-    # step_meter runs in a process that vLLM starts
-    assert found == {"worker", "warm", "step_meter", "platform/serve"}
+    # step_meter runs in a process that vLLM starts; load/command looks for an endpoint's key
+    assert found == {"worker", "warm", "step_meter", "platform/serve", "load/command"}
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

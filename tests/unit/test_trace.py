@@ -59,7 +59,7 @@ def test_requests_of_a_ledger_are_ordered_by_their_arrival_and_those_without_tok
     )
     notes: list[str] = []
     assert list(read(path, notes.append)) == [Arrival(0.0, 21, 8), Arrival(5.5, 20, 8)]
-    assert notes == [f"{path}: 1 requests had no tokens and are left out"]
+    assert notes == [f"{path}: 1 request without tokens left out"]
 
 
 def test_what_is_read_before_a_wrong_line_is_yielded_before_its_error(tmp_path: Path) -> None:

@@ -1,0 +1,7 @@
+"""Load on an endpoint, and what it did to it: `coldsnap bench`.
+
+lengths (`lengths`), trace -> calls (`schedule`) -> requests (`prompts`, `dialect`) -> endpoint (`endpoint`, `jobs`)
+-> answers (`answer`) -> outcomes (`driver`) -> figures (`figures`) -> terminal, page (`page`, `plots`)
+
+A tool of the desk: the worker never imports it.
+"""
