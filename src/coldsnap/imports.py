@@ -96,7 +96,10 @@ class Deferral(importlib.abc.MetaPathFinder):
         if self._alone(name):
             self.real(name.rpartition(".")[0])
             if name in sys.modules:  # its package has imported it: that one, not another
-                return ModuleSpec(name, _Loaded(sys.modules[name]))
+                module = sys.modules[name]
+                loaded = ModuleSpec(name, _Loaded(module))
+                module.__spec__ = loaded  # which the import system would execute once more; the loader puts it back
+                return loaded
         if name in self._after:
             spec = PathFinder.find_spec(name, path)
             if spec is not None and spec.loader is not None:
@@ -170,6 +173,8 @@ class _Shell(ModuleType):
             raise AttributeError(name)
         deferral, module = self.__dict__["_deferral"], self.__name__
         part = f"{module}.{name}"
+        if (real := sys.modules.get(module, self)) is not self:  # there by now, or half imported
+            return getattr(real, name)
         if name in deferral.answers.get(module, ()):
             return deferral.answers[module][name]
         if part in sys.modules:

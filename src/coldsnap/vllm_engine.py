@@ -96,6 +96,7 @@ _WITHOUT_COMPILER: Mapping[str, Mapping[str, Any]] = {
     "torch._dynamo": {
         "allow_in_graph": _unchanged,
         "assume_constant_result": _unchanged,
+        "decorators": SimpleNamespace(mark_unbacked=lambda *_: None),  # at every request for log probabilities
         "disable": _unchanged,
         "optimize": lambda *_, **__: _unchanged,
         "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),

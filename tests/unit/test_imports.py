@@ -111,13 +111,16 @@ def test_answers_are_given_without_the_module_and_other_names_by_it(write: Write
 
 
 def test_a_part_that_needs_its_package_gets_it_once(write: Write) -> None:
-    write(big_part="RAN = True\nimport shop.big\nCOUNT = shop.big.COUNT = shop.big.COUNT + 1\n")
-    write(big_package="RAN = True\nCOUNT = 0\nfrom . import part\n")
+    write(late="RUNS = []\n", big_part="from shop.late import RUNS\nRUNS.append(1)\n")
+    write(big_package="RAN = True\nfrom . import part\n")
     Deferral([], {"shop.big": {}}).begin()
     importlib.import_module("shop.big")
     part: Any = importlib.import_module("shop.big.part")
     assert loaded("shop.big")
-    assert (part.COUNT, sys.modules["shop.big.part"]) == (1, part)
+    assert part.RUNS == [1]
+    assert sys.modules["shop.big"].__dict__["part"] is part is sys.modules["shop.big.part"]
+    assert part.__spec__.loader is part.__loader__
+    assert part.__spec__.origin == part.__file__
 
 
 def test_a_module_that_is_not_there_is_not_there(write: Write) -> None:
