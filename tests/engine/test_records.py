@@ -23,7 +23,8 @@ COMMON = {
 }  # fmt: skip
 COLD_START = COMMON | {
     "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
-    "fetch_gb_per_second", "model", "revival", "away_seconds",
+    "fetch_gb_per_second", "cache", "cache_because", "cache_bundle", "cache_bytes", "model", "limits",
+    "max_concurrency", "revival", "away_seconds",
 }  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
@@ -61,6 +62,10 @@ async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> No
     assert (first["worker_id"], first["endpoint_id"]) == ("worker-1", worker.plane.endpoint_id)
     assert (first["gpu"], first["gpu_count"]) == ("cpu", 1)
     assert first["vllm"]
+    assert (first["cache"], first["cache_bundle"]) == ("off", None)
+    limits = first["limits"]
+    assert limits["max_num_seqs"] <= limits["max_num_batched_tokens"] < limits["kv_cache_tokens"]
+    assert first["max_concurrency"] == 24
 
 
 async def test_no_job_is_taken_before_the_worker_is_ready(worker: Worker) -> None:
