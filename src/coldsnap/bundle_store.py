@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 from coldsnap.errors import S3Error
 from coldsnap.s3 import Bucket, Place
@@ -64,7 +65,7 @@ class Shared:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._tidy()
         final = self._folder / name
-        partial = self._folder / f".{name}.{os.uname().nodename}.{os.getpid()}.partial"
+        partial = self._folder / f".{name}.{uuid4().hex}.partial"
         try:
             partial.write_bytes(content)
             if replace:
