@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -76,8 +77,12 @@ class Contender(ABC):
     async def measured(self, streams: int, jobs: int, arrivals: Sequence[float] | None = None) -> Sample:
         """Run, and add the CPU that this contender's processes and this one took meanwhile.
 
-        vLLM's processes spin for a second after a step: another contender's must have come to rest before.
+        vLLM's processes spin for a second after a step: another contender's must have come to rest before. The
+        control plane keeps its jobs, and Python's collector would go through all of them for 100 ms at a time, which
+        every stream of a worker would show.
         """
+        gc.collect()
+        gc.freeze()
         await asyncio.sleep(_REST_SECONDS)
         before, own = cpu_seconds(self.pid), time.process_time()
         sample = await self.run(arrivals, streams, jobs)
