@@ -190,6 +190,23 @@ class TestReadme:
         assert problems(README, present()) == []
 
 
+def _anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [name for name in present() if name.endswith(".md")])
+def test_a_page_links_to_what_is_there(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" not in link:
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+
+
 TREE = """
 before
 <!-- tree -->
