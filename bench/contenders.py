@@ -209,14 +209,14 @@ class Ring(contextlib.AsyncExitStack):
 
     async def peer(self, plane: ControlPlane, checkout: Path) -> int:
         """Start worker-vllm; its `vllm` command does not exist with the CPU build, so one is made."""
-        from coldsnap import snapshot, vllm_engine
+        from coldsnap import snapshot, vllm_release
         from coldsnap.settings import Settings
 
         folder = Settings.read(os.environ).snapshot()
         assert folder is not None
         baked = snapshot.load_manifest(folder).engine_args
         arguments = {k.upper(): str(v) for k, v in baked.items()}
-        environ = self._environ | plane.environment() | vllm_engine.environment(os.environ, baked) | arguments
+        environ = self._environ | plane.environment() | vllm_release.environment(os.environ, baked) | arguments
         environ |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
         environ |= {"PATH": f"{self.scratch}:{environ['PATH']}"}
         for name in ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"):  # for a fork, and our choice; the peer spawns
