@@ -261,10 +261,10 @@ class Ring(contextlib.AsyncExitStack):
 
     async def peer(self, plane: ControlPlane, checkout: Path) -> int:
         """Start worker-vllm; its `vllm` command does not exist with the CPU build, so one is made."""
-        from coldsnap import vllm_engine
+        from coldsnap import vllm_release
 
         folder, arguments = baked()
-        environ = self._environ | plane.environment() | vllm_engine.environment(os.environ, arguments)
+        environ = self._environ | plane.environment() | vllm_release.environment(os.environ, arguments)
         environ |= {name.upper(): str(value) for name, value in arguments.items()}
         environ |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
         environ |= {"PATH": f"{self.scratch}:{environ['PATH']}"}
