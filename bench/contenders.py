@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -76,8 +77,12 @@ class Contender(ABC):
     async def measured(self, streams: int, jobs: int, arrivals: Sequence[float] | None = None) -> Sample:
         """Run, and add the CPU that this contender's processes and this one took meanwhile.
 
-        vLLM's processes spin for a second after a step: another contender's must have come to rest before.
+        vLLM's processes spin for a second after a step: another contender's must have come to rest before. The
+        control plane keeps its jobs, and Python's collector would go through all of them for 100 ms at a time, which
+        every stream of a worker would show.
         """
+        gc.collect()
+        gc.freeze()
         await asyncio.sleep(_REST_SECONDS)
         before, own = cpu_seconds(self.pid), time.process_time()
         sample = await self.run(arrivals, streams, jobs)
@@ -256,10 +261,10 @@ class Ring(contextlib.AsyncExitStack):
 
     async def peer(self, plane: ControlPlane, checkout: Path) -> int:
         """Start worker-vllm; its `vllm` command does not exist with the CPU build, so one is made."""
-        from coldsnap import vllm_engine
+        from coldsnap import vllm_release
 
         folder, arguments = baked()
-        environ = self._environ | plane.environment() | vllm_engine.environment(os.environ, arguments)
+        environ = self._environ | plane.environment() | vllm_release.environment(os.environ, arguments)
         environ |= {name.upper(): str(value) for name, value in arguments.items()}
         environ |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
         environ |= {"PATH": f"{self.scratch}:{environ['PATH']}"}

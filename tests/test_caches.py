@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -12,13 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 
-from coldsnap import bundle, bundle_helper, caches, cli, fingerprint
+from coldsnap import bundle, bundle_helper, bundle_store, caches, cli, fingerprint
 from coldsnap.bundle import Entry, Header
 from coldsnap.bundle_store import Shared, store_at
 from coldsnap.caches import Cached, Caches, Healing, Helper
@@ -209,13 +213,25 @@ def fetched(place: Path | Place, folders: Mapping[str, Path], factors: Mapping[s
 
 
 def content_of(place: Path | Place, name: str = NAME) -> bytes:
-    """Return the bundle as it lies there; nothing else may."""
+    """Return the bundle as it lies there; nothing else may, but for the mark of its use."""
+    assert names_in(place) - {f"{name}.bundle.used"} == {f"{name}.bundle"}
+    return (place / f"{name}.bundle").read_bytes() if isinstance(place, Path) else Bucket(place).get(f"{name}.bundle")
+
+
+def names_in(place: Path | Place) -> set[str]:
     if isinstance(place, Path):
-        assert [path.name for path in place.iterdir()] == [f"{name}.bundle"]
-        return (place / f"{name}.bundle").read_bytes()
-    bucket = Bucket(place)
-    assert [found.name for found in bucket.objects()] == [f"{name}.bundle"]
-    return bucket.get(f"{name}.bundle")
+        return {path.name for path in place.iterdir()}
+    return {found.name for found in Bucket(place).objects()}
+
+
+def aged(place: Path | Place, file: str, days: float) -> None:
+    """Let a file be as old as if it had last been written to so long ago."""
+    then = time.time() - days * 86400
+    if isinstance(place, Path):
+        os.utime(place / file, (then, then))
+    else:
+        stored = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[place.bucket].keys[f"{place.prefix}{file}"]
+        stored.last_modified = datetime.fromtimestamp(then, UTC).replace(tzinfo=None)
 
 
 def put(place: Path | Place, content: bytes, name: str = NAME) -> None:
@@ -318,6 +334,146 @@ class TestStore:
         empty(folders)
         assert stored(place, folders)["state"] == "there"
         assert not store_at(place).has(f"{NAME}.bundle")
+
+
+OTHERS = [FACTORS | {"torch": f"2.{minor}.0"} for minor in range(3)]
+OTHER_NAMES = [fingerprint.name_of(factors) for factors in OTHERS]
+
+
+def with_others(place: Path | Place, folders: Mapping[str, Path]) -> None:
+    """Store a bundle of each of three older releases."""
+    for factors in OTHERS:
+        assert bundle_helper.store_bundle(store_at(place), factors, folders, REQUEST)["state"] == "stored"
+
+
+def bundles(place: Path | Place) -> list[str]:
+    """Return the names of the bundles, the oldest release's first, ours last."""
+    there = names_in(place)
+    return [name for name in [*OTHER_NAMES, NAME] if f"{name}.bundle" in there]
+
+
+class TestPruning:
+    def test_who_stores_one_deletes_those_that_nobody_has_used_for_a_month_and_nothing_else(
+        self, place: Path | Place, folders: dict[str, Path]
+    ) -> None:
+        with_others(place, folders)
+        put(place, b"somebody's", "backup")
+        put(place, b"somebody's", f"old/{NAME}" if isinstance(place, Place) else f"old-{NAME}")
+        others = names_in(place) - {f"{name}.bundle" for name in OTHER_NAMES}
+        for name in [*others, f"{OTHER_NAMES[0]}.bundle"]:
+            aged(place, name, 365)
+        aged(place, f"{OTHER_NAMES[1]}.bundle", 31)
+        aged(place, f"{OTHER_NAMES[2]}.bundle", 29)
+        answer = stored(place, folders)
+        assert answer["also"] == "; 2 bundles deleted that no boot has used for 30 days"
+        assert bundles(place) == [OTHER_NAMES[2], NAME]
+        assert names_in(place) >= others
+        assert stored(place, folders, replace=True)["also"] == ""
+
+    def test_what_a_boot_has_used_stays_however_old_it_is(self, place: Path | Place, folders: dict[str, Path]) -> None:
+        with_others(place, folders)
+        for name in OTHER_NAMES:
+            aged(place, f"{name}.bundle", 365)
+        assert bundle_helper.mark(store_at(place), OTHER_NAMES[1]) is None
+        assert stored(place, folders)["also"] == "; 2 bundles deleted that no boot has used for 30 days"
+        assert bundles(place) == [OTHER_NAMES[1], NAME]
+        aged(place, f"{OTHER_NAMES[1]}.bundle{'.used' if isinstance(place, Place) else ''}", 31)
+        assert stored(place, folders, replace=True)["also"] == "; 1 bundle deleted that no boot has used for 30 days"
+        assert names_in(place) == {f"{NAME}.bundle"}
+
+    def test_a_boots_hit_is_noted_and_its_record_does_not_wait_for_that(
+        self, place: Path | Place, folders: dict[str, Path]
+    ) -> None:
+        name = made(place, folders).fingerprint
+        aged(place, f"{name}.bundle", 365)
+        boot = begun(place, folders)
+        assert patient(boot).state == "hit"
+        assert boot._fetching is not None
+        assert boot._fetching._process.wait(60) == 0
+        answer = stored(place, folders)
+        assert (answer["state"], answer["also"]) == ("stored", "")
+        assert f"{name}.bundle" in names_in(place)
+
+    def test_a_worker_whose_clock_is_wrong_deletes_nothing(
+        self, place: Path | Place, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with_others(place, folders)
+        clock = time.time
+        monkeypatch.setattr(bundle_store.time, "time", lambda: clock() + 365 * 86400)
+        assert store_at(place).prune(f"{OTHER_NAMES[0]}.bundle", 86400) == 0
+        assert bundles(place) == OTHER_NAMES
+
+    def test_the_mark_of_a_bundle_that_is_gone_goes_too(self, s3_place: Place, folders: dict[str, Path]) -> None:
+        store_at(s3_place).mark(f"{OTHER_NAMES[0]}.bundle")
+        aged(s3_place, f"{OTHER_NAMES[0]}.bundle.used", 31)
+        assert stored(s3_place, folders)["also"] == ""
+        assert names_in(s3_place) == {f"{NAME}.bundle"}
+
+    def test_a_bundle_that_vanishes_before_it_is_read_is_a_miss_and_is_not_marked(
+        self, place: Path | Place, folders: dict[str, Path]
+    ) -> None:
+        store_at(place).write(f"{OTHER_NAMES[0]}.bundle", b"", replace=False)
+        before = names_in(place)
+        assert fetched(place, folders)["state"] == "miss"
+        if isinstance(place, Path):
+            assert bundle_helper.mark(store_at(place), NAME) is None
+        assert names_in(place) == before
+
+    def test_one_that_is_deleted_from_a_volume_while_it_is_read_is_read_to_its_end(
+        self, tmp_path: Path, folders: dict[str, Path]
+    ) -> None:
+        write(folders, {"triton/large": os.urandom(3 << 20)})
+        stored(tmp_path / "volume", folders)
+        empty(folders)
+        store = store_at(tmp_path / "volume")
+        found = bundle_helper.fetch(
+            store, FACTORS, folders, lambda _: (tmp_path / "volume" / f"{NAME}.bundle").unlink()
+        )
+        assert found["state"] == "hit"
+        assert held(folders).keys() == FILES.keys() | {"triton/large"}
+
+    def test_a_volume_that_cannot_read_on_in_a_deleted_file_costs_the_bundle_and_is_said(
+        self, tmp_path: Path, folders: dict[str, Path]
+    ) -> None:
+        class Stale(Shared):
+            """As NFS answers whoever reads what another machine has deleted."""
+
+            def open(self, name: str) -> tuple[int, Iterator[bytes]] | None:
+                opened = super().open(name)
+                assert opened is not None
+                size, pieces = opened
+
+                def first() -> Iterator[bytes]:
+                    yield next(pieces)[:100]
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+                return size, first()
+
+        stored(tmp_path / "volume", folders)
+        empty(folders)
+        found = bundle_helper.fetch(Stale(tmp_path / "volume"), FACTORS, folders, lambda _: None)
+        assert (found["state"], found["because"]) == ("failed", "[Errno 116] Stale file handle")
+        assert held(folders) == {}
+
+    def test_a_folder_that_refuses_leaves_the_boot_and_the_store_as_they_were(
+        self, tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        volume = tmp_path / "volume"
+        with_others(volume, folders)
+        aged(volume, f"{OTHER_NAMES[0]}.bundle", 365)
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted", "the bundle")
+
+        monkeypatch.setattr(os, "utime", refuse)
+        assert bundle_helper.mark(store_at(volume), NAME) == (
+            f"bundle {NAME} is in use, which could not be noted: it may be deleted 30 days after it was last noted: "
+            "[Errno 1] Operation not permitted: 'the bundle'"
+        )
+        monkeypatch.setattr(Shared, "prune", refuse)
+        answer = stored(volume, folders)
+        assert answer["state"] == "stored"
+        assert answer["also"] == "; unused ones cannot be deleted: [Errno 1] Operation not permitted: 'the bundle'"
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -489,6 +645,32 @@ def test_a_line_that_breaks_off_is_taken_up_again(line: FaultyProxy, s3_place: P
     )
     assert patient(begun(s3_place, folders)).state == "hit"
     assert held(folders) == FILES
+
+
+def test_a_bundle_that_vanishes_from_a_bucket_while_it_is_fetched_costs_the_bundle_and_the_record_says_so(
+    line: FaultyProxy, s3_place: Place, folders: dict[str, Path]
+) -> None:
+    name = made(s3_place, folders).fingerprint
+    empty(folders)
+    gets: list[Exchange] = []
+
+    def vanish(exchange: Exchange) -> Fault | None:
+        if exchange.method != "GET":
+            return None
+        gets.append(exchange)
+        if len(gets) == 1:
+            return Fault(cut_after=400)
+        Bucket(s3_place).delete(f"{name}.bundle")
+        return None
+
+    line.faults = vanish
+    boot = begun(s3_place, folders)
+    assert boot._fetching is not None
+    cached = patient(boot)
+    assert (cached.state, held(folders)) == ("failed", {})
+    assert cached.because == f"{s3_place}{name}.bundle: there is no such object"
+    assert boot.complaint(cached) == f"CACHE_URI: {s3_place}: no bundle for this boot: {cached.because}"
+    assert patient(begun(s3_place, folders)).state == "miss"
 
 
 def test_a_bucket_that_is_away_and_a_place_that_is_no_folder_are_said(

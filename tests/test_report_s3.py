@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from coldsnap import cli
-from coldsnap.s3 import Bucket, Place
+from coldsnap.report import source
+from coldsnap.s3 import Bucket, Object, Place
 
 
 def line(number: int) -> bytes:
@@ -38,6 +39,23 @@ def test_objects_below_the_place_are_read_and_overlapping_ones_count_once(
         assert f"{s3_place}e1/w1/20261120T120020-0b.jsonl.gz, line 16: not a whole line of JSON" in text
         assert "left no totals at all" in text
     assert "Written by coldsnap report" in html
+
+
+def test_an_object_that_is_deleted_after_the_listing_is_passed_over(
+    s3_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Bucket(s3_place)
+    for number in range(3):
+        bucket.put(f"e1/w1/{number}.jsonl.gz", gzip.compress(line(number)))
+    listed = Bucket.objects
+
+    def then_one_less(self: Bucket, prefix: str = "") -> list[Object]:
+        found = list(listed(self, prefix))
+        bucket.delete("e1/w1/1.jsonl.gz")
+        return found
+
+    monkeypatch.setattr(Bucket, "objects", then_one_less)
+    assert source.read(str(s3_place), tmp_path).records == 2
 
 
 def test_a_place_without_ledgers_and_a_missing_bucket_are_one_line(

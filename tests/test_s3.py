@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -36,11 +37,18 @@ def test_what_was_put_is_found_listed_and_returned(s3_place: Place) -> None:
     assert bucket.find("a/1") is None
     for name in ("a/1", "a/2", "b"):
         bucket.put(name, name.encode() * 1000)
-    assert bucket.find("a/1") == Object("a/1", 3000)
-    assert list(bucket.objects("a/")) == [Object("a/1", 3000), Object("a/2", 3000)]
+    listed = list(bucket.objects("a/"))
+    assert [(found.name, found.size) for found in listed] == [("a/1", 3000), ("a/2", 3000)]
+    found = bucket.find("a/1")
+    assert found == Object("a/1", 3000, found.modified if found else 0.0)
+    assert found.modified == pytest.approx(listed[0].modified, abs=1.0)
+    assert time.time() - 60 < found.modified < time.time() + 60
     assert [found.name for found in bucket.objects()] == ["a/1", "a/2", "b"]
     assert bucket.get("b") == b"b" * 1000
     assert next(found.name for found in Bucket(Place(s3_place.bucket, "")).objects()) == "some/where/a/1"
+    bucket.delete("a/1")
+    bucket.delete("a/1")
+    assert [found.name for found in bucket.objects()] == ["a/2", "b"]
 
 
 def test_a_missing_object_is_told_from_a_missing_bucket(s3_place: Place) -> None:

@@ -20,8 +20,11 @@ from coldsnap import bundle, fingerprint
 from coldsnap.bundle import Entry, Header
 from coldsnap.bundle_store import Store, store_at
 from coldsnap.errors import CacheError, S3Error
+from coldsnap.plural import plural
 from coldsnap.s3 import Place
 
+_KEPT_DAYS = 30
+"""How long a bundle that no boot uses is kept."""
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, prctl(2)
 
 Say = Callable[[Mapping[str, Any]], None]
@@ -79,7 +82,7 @@ def store_bundle(
 
     `request` has `replace`, `since`, `saves_seconds` and `generation`. With `since` (s since 1970), after a boot with
     a bundle, one is made only if the caches have files newer than that. The state is `stored`, `there` (another was
-    first, or nothing is missing) or `failed`.
+    first, or nothing is missing) or `failed`. After `stored`, `also` says what became of bundles that nobody uses.
     """
     name = fingerprint.name_of(factors)
     found = {"fingerprint": name, "because": None}
@@ -98,7 +101,30 @@ def store_bundle(
         written = store.write(_file(name), content, replace=request["replace"])
     except (CacheError, S3Error, OSError) as error:
         return found | {"state": "failed", "because": str(error)}
-    return found | {"state": "stored" if written else "there", "bytes": len(content)}
+    if not written:
+        return found | {"state": "there"}
+    return found | {"state": "stored", "bytes": len(content), "also": _pruned(store, _file(name))}
+
+
+def _pruned(store: Store, newest: str) -> str:
+    """Delete what nobody uses; return the end of a sentence about it, empty if nothing was."""
+    try:
+        count = store.prune(newest, _KEPT_DAYS * 86400)
+    except (S3Error, OSError) as error:
+        return f"; unused ones cannot be deleted: {error}"
+    return f"; {plural(count, 'bundle')} deleted that no boot has used for {_KEPT_DAYS} days" if count else ""
+
+
+def mark(store: Store, name: str) -> str | None:
+    """Note that a bundle is in use; return what was wrong if that could not be written."""
+    try:
+        store.mark(_file(name))
+    except (S3Error, OSError) as error:
+        return (
+            f"bundle {name} is in use, which could not be noted: it may be deleted {_KEPT_DAYS} days after it was "
+            f"last noted: {error}"
+        )
+    return None
 
 
 def _file(name: str) -> str:
@@ -124,6 +150,8 @@ def main() -> int:
     roots = {root: Path(folder) for root, folder in request["folders"].items()}
     answer = fetch(store, factors, roots, _say) if action == "fetch" else store_bundle(store, factors, roots, request)
     _say(answer | {"seconds": time.monotonic() - begun})
+    if answer["state"] == "hit" and (wrong := mark(store, answer["fingerprint"])):  # the boot goes on meanwhile
+        sys.stderr.write(f"coldsnap: CACHE_URI: {place}: {wrong}\n")
     return 0
 
 

@@ -1,11 +1,16 @@
-"""Where bundles lie: a folder that workers share, or a bucket. Nobody overwrites what is good."""
+"""Where bundles lie: a folder that workers share, or a bucket. Nobody overwrites what is good.
+
+When one was last used is known by the store's own clock: in a folder a hit sets the file's time, in a bucket it writes
+an empty object beside it, `<name>.used`. A bundle that was deleted while it was in use costs one boot without it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -17,6 +22,9 @@ _PIECE_BYTES = 1 << 20
 _LEFT_SECONDS = 3600.0
 _ATTEMPTS = 2
 _TIMEOUT_SECONDS = 5.0
+_USED = ".used"
+_BUNDLE = re.compile(rf"(?P<name>[0-9a-f]{{32}}\.bundle)({re.escape(_USED)})?")
+"""What is ours in a place: nothing else is ever deleted."""
 
 
 class Store(Protocol):
@@ -30,6 +38,12 @@ class Store(Protocol):
 
     def write(self, name: str, content: bytes, *, replace: bool) -> bool:
         """Store a bundle whole or not at all; return whether it was stored: not if there is one, unless `replace`."""
+
+    def mark(self, name: str) -> None:
+        """Note that a bundle is in use."""
+
+    def prune(self, newest: str, seconds: float) -> int:
+        """Delete the bundles that were made, and last used, `seconds` before `newest` was stored; return how many."""
 
 
 def store_at(place: Path | Place) -> Store:
@@ -74,6 +88,23 @@ class Shared:
             return _linked(partial, final)
         finally:
             partial.unlink(missing_ok=True)
+
+    def mark(self, name: str) -> None:
+        """See `Store.mark`."""
+        with contextlib.suppress(FileNotFoundError):  # deleted since it was read
+            os.utime(self._folder / name)
+
+    def prune(self, newest: str, seconds: float) -> int:
+        """See `Store.prune`."""
+        used = {}
+        for path in self._folder.glob("*.bundle"):
+            if _BUNDLE.fullmatch(path.name):
+                with contextlib.suppress(FileNotFoundError):  # somebody else prunes
+                    used[path.name] = path.stat().st_mtime
+        unused = _unused(used, newest, seconds)
+        for name in unused:
+            (self._folder / name).unlink(missing_ok=True)
+        return len(unused)
 
     def _tidy(self) -> None:
         """Remove what workers that were killed have left."""
@@ -120,3 +151,26 @@ class InBucket:
             return self._bucket.create(name, content)
         self._bucket.put(name, content)
         return True
+
+    def mark(self, name: str) -> None:
+        """See `Store.mark`: the bundle's own time could only be set by writing it again."""
+        self._bucket.put(f"{name}{_USED}", b"")
+
+    def prune(self, newest: str, seconds: float) -> int:
+        """See `Store.prune`."""
+        used: dict[str, float] = {}
+        there = set()
+        for found in self._bucket.objects():
+            if match := _BUNDLE.fullmatch(found.name):
+                there.add(found.name)
+                used[match["name"]] = max(found.modified, used.get(match["name"], 0.0))
+        unused = _unused(used, newest, seconds)
+        for name in (each for bundle in unused for each in (bundle, f"{bundle}{_USED}")):
+            if name in there:
+                self._bucket.delete(name)
+        return sum(name in there for name in unused)
+
+
+def _unused(used: Mapping[str, float], newest: str, seconds: float) -> list[str]:
+    """Return the bundles last used so long before `newest`; none where that one has already been deleted again."""
+    return sorted(name for name, at in used.items() if at < used.get(newest, 0.0) - seconds)

@@ -105,7 +105,7 @@ class Caches:
     def result(self) -> Cached:
         """Return what the fetch came to. It is given up where going on would take longer than the bundle saves."""
         assert self._fetching is not None
-        begun, patience = time.monotonic(), _ANSWER_SECONDS
+        begun, patience, cached = time.monotonic(), _ANSWER_SECONDS, OFF
         try:
             while True:
                 answer = self._fetching.answer(begun + patience - time.monotonic())
@@ -113,12 +113,16 @@ class Caches:
                     waited = f"{time.monotonic() - begun:.1f} s after the import of vLLM"
                     return Cached("late", f"it was not there {waited}")
                 if "state" in answer:
-                    return Cached(**answer)
+                    cached = Cached(**answer)
+                    return cached
                 patience = max(patience, min(_MOST_SECONDS, answer["saves_seconds"]))
         except CacheError as error:
             return Cached("failed", error.message)
         finally:
-            self._fetching.end()
+            if cached.state == "hit":
+                self._fetching.leave()  # it notes that the bundle is in use, and ends
+            else:
+                self._fetching.end()
 
     def complaint(self, cached: Cached) -> str | None:
         """Return the line for stderr about a fetch, None if there is nothing to say."""
@@ -194,7 +198,8 @@ class Healing(Background):
         finally:
             helper.end()
         if answer and answer["state"] == "stored":
-            self._say(f"cache bundle {answer['fingerprint']} stored in {place}, {answer['bytes']} bytes")
+            size = f"{answer['bytes']} bytes{answer['also']}"
+            self._say(f"cache bundle {answer['fingerprint']} stored in {place}, {size}")
         elif answer and answer["state"] == "failed":
             self._say(f"CACHE_URI: {place}: no bundle was stored: {answer['because']}")
 
@@ -253,6 +258,10 @@ class Helper:
     def end(self) -> None:
         """Kill it if it still runs. Not waited for: a dead volume may hold it where no signal reaches it."""
         self._process.kill()
+        self.leave()
+
+    def leave(self) -> None:
+        """Hear no more from it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

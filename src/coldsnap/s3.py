@@ -50,10 +50,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Object:
-    """An object's name below the place, and its size in bytes."""
+    """An object's name below the place, its size in bytes, and when it was stored (s since 1970, by the server)."""
 
     name: str
     size: int
+    modified: float
 
 
 class Bucket:
@@ -198,12 +199,12 @@ class Bucket:
         """Return the object, or None if there is none of that name."""
         try:
             with self.naming(name):
-                size = self.client.head_object(Bucket=self.place.bucket, Key=self._key(name))["ContentLength"]
+                found = self.client.head_object(Bucket=self.place.bucket, Key=self._key(name))
         except S3Error as error:
             if error.missing:
                 return None
             raise
-        return Object(name, size)
+        return Object(name, found["ContentLength"], found["LastModified"].timestamp())
 
     def objects(self, prefix: str = "") -> Iterator[Object]:
         """Yield every object whose name starts with `prefix`, in the order of names."""
@@ -213,7 +214,13 @@ class Bucket:
             )
             for page in pages:
                 for item in page.get("Contents", ()):
-                    yield Object(item["Key"][len(self.place.prefix) :], item["Size"])
+                    name = item["Key"][len(self.place.prefix) :]
+                    yield Object(name, item["Size"], item["LastModified"].timestamp())
+
+    def delete(self, name: str) -> None:
+        """Delete the object; nothing if there is none of that name."""
+        with self.naming(name):
+            self.client.delete_object(Bucket=self.place.bucket, Key=self._key(name))
 
     @contextmanager
     def naming(self, name: str) -> Iterator[None]:

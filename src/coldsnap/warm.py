@@ -89,4 +89,4 @@ def _stored(booted: Booted) -> str:
         raise CommandError(f"CACHE_URI: {caches.place}: no bundle was stored: {because}")
     if answer["state"] == "there":
         return f"{caches.place}: {answer['fingerprint']}, as it was: this boot had nothing to add; {seconds}"
-    return f"{caches.place}: {answer['fingerprint']}, {answer['bytes']} bytes stored; {seconds}"
+    return f"{caches.place}: {answer['fingerprint']}, {answer['bytes']} bytes stored{answer['also']}; {seconds}"

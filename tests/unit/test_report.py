@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -240,6 +244,74 @@ class TestLines:
         found, intake = gathered(tmp_path / "in", tmp_path)
         assert (intake.files, intake.records, intake.repeated) == (3, 5, 5)
         assert sum(found.spent.values()) == pytest.approx(30)
+
+    def test_files_that_are_sealed_and_sent_while_a_folder_is_read_count_once_and_none_is_missed(
+        self, ledger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in range(5):
+            ledger([LEDGER[number]], f"unsent/w1.b.{number}.open")
+        unsent = tmp_path / "in" / "unsent"
+        lines, read = source._lines, list[str]()
+
+        def moving(name: str, path: Path, torn: list[source.Torn]) -> Iterator[tuple[int, bytes]]:
+            """Let the worker do, before the first file is read and after it, what it may do at any time."""
+            read.append(path.name)
+            if len(read) == 1:
+                (unsent / "w1.b.1.open").rename(unsent / "w1.b.1.jsonl")  # sealed before it is read
+                (unsent / "w1.b.2.open").unlink()  # sent
+            yield from lines(name, path, torn)
+            if len(read) == 1:
+                with path.open("a") as file:
+                    file.write(json.dumps(request(12, 1, 1, model="m3")) + "\n")
+                path.rename(unsent / "w1.b.0.jsonl")  # written to, and sealed, after it was read
+                ledger([request(13, 1, 1, model="m4")], "unsent/w1.b.5.open")
+
+        monkeypatch.setattr(source, "_lines", moving)
+        _, intake = gathered(tmp_path / "in", tmp_path)
+        assert read == [
+            *(f"w1.b.{number}.open" for number in range(5)), "w1.b.0.jsonl", "w1.b.1.jsonl", "w1.b.5.open",
+        ]  # fmt: skip
+        assert (intake.files, intake.records, intake.repeated, intake.torn) == (6, 6, 0, ())
+        models = {json.loads(line).get("model") for line in intake.lines.read_bytes().splitlines()}
+        assert models >= {"m1", "m2", "m3", "m4"}
+
+    def test_a_folder_that_is_read_while_workers_write_seal_and_send_never_fails_or_counts_twice(
+        self, ledger: Any, tmp_path: Path
+    ) -> None:
+        ledger([LEDGER[0]])
+        unsent, stop = tmp_path / "in" / "unsent", threading.Event()
+
+        def work() -> None:
+            for number in itertools.count():
+                if stop.is_set():
+                    return
+                ledger([request(number % 60, 1, 1, job_id=f"{number}")], f"unsent/w1.b.{number}.open")
+                sealed = (unsent / f"w1.b.{number}.open").rename(unsent / f"w1.b.{number}.jsonl")
+                kept = sealed.with_name(f"w1.b.{number - 20}.jsonl")
+                kept.unlink(missing_ok=True)
+                time.sleep(0.001)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            for number in range(20):
+                folder = tmp_path / f"work-{number}"
+                folder.mkdir()
+                intake = source.read(str(tmp_path / "in"), folder)
+                jobs = [json.loads(line).get("job_id") for line in intake.lines.read_bytes().splitlines()]
+                assert len(jobs) == len(set(jobs)) == intake.records
+                assert (intake.torn, intake.repeated) == ((), 0)
+        finally:
+            stop.set()
+            worker.join()
+
+    def test_a_folder_that_may_not_be_read_is_named(self, ledger: Any, tmp_path: Path) -> None:
+        place = ledger(LEDGER)
+        error = PermissionError(errno.EACCES, "Permission denied", f"{place}/other")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(source.os, "scandir", lambda _: (_ for _ in ()).throw(error))
+            with pytest.raises(ReportError, match=rf"^{place}/other: cannot be read \(Permission denied\)$"):
+                source.read(str(place), tmp_path)
 
     def test_torn_lines_are_named_and_the_rest_is_read(self, ledger: Any, tmp_path: Path) -> None:
         wrong = request(6, 1, 1) | {"gpu_seconds": "much"}

@@ -1,11 +1,14 @@
 """Where the lines of a ledger come from: a file, a folder, a bucket. What cannot be read is said, not fatal.
 
-A line that was met before, in the local file and in its upload, counts once.
+A line that was met before, in the local file and in its upload, counts once. Workers may be writing, sealing and
+sending all the while: a folder is listed a second time for files that have a new name, and what is gone is passed over.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from typing import Any, get_args
 
 import orjson
 
-from coldsnap.errors import ReportError
+from coldsnap.errors import ReportError, S3Error
 from coldsnap.plural import plural
 from coldsnap.records import Record
 from coldsnap.s3 import Bucket, Place
@@ -27,6 +30,8 @@ _KNOWN_SCHEMA = max(get_args(Record.model_fields["schema_version"].annotation))
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".open")
 """The last is what a worker with an upload writes to; see `coldsnap.upload`."""
 _GZIP = b"\x1f\x8b"
+_GONE = {errno.ENOENT, errno.ESTALE}
+"""What a file that was renamed or deleted answers; the second is NFS's, in the middle of reading."""
 _DOWNLOADS = 16
 
 _Kinds = tuple[type, ...]
@@ -81,16 +86,20 @@ def read(place: str, folder: Path) -> Intake:
     Raises `ReportError` if there is nothing to read, `SettingsError` and `S3Error` for what is wrong with a bucket.
     """
     files = _download(place, folder) if place.startswith("s3://") else _find(place)
+    met: set[str] = set()
     seen: set[bytes] = set()
     count: Counter[str] = Counter()
     torn: list[Torn] = []
     clean = folder / "clean.jsonl"
     with clean.open("wb") as out:
         for name, path in files:
+            unsealed = name.removesuffix(".open").removesuffix(".jsonl")
+            again = unsealed in met  # it was sealed after it had been read
+            met.add(unsealed)
             for number, line in _lines(name, path, torn):
                 digest = blake2b(line, digest_size=16).digest()
                 if digest in seen:
-                    count["repeated"] += 1
+                    count["repeated"] += not again
                     continue
                 try:
                     record = orjson.loads(line)
@@ -106,7 +115,7 @@ def read(place: str, folder: Path) -> Intake:
                     count["records"] += 1
                     out.write(line + b"\n")
     if not count["records"]:
-        within = plural(len(files), "file")
+        within = plural(len(met), "file")
         if count["newer"]:
             raise ReportError(
                 f"{place}: written by a newer coldsnap: {plural(count['newer'], 'record')}, none that I know"
@@ -114,19 +123,37 @@ def read(place: str, folder: Path) -> Intake:
         if torn:
             raise ReportError(f"{place}: not a ledger: no line is a record of coldsnap's; {torn[0]}")
         raise ReportError(f"{place}: the ledger is empty: no records in {within}")
-    return Intake(place, clean, len(files), count["records"], count["repeated"], count["newer"], tuple(torn))
+    return Intake(place, clean, len(met), count["records"], count["repeated"], count["newer"], tuple(torn))
 
 
-def _find(place: str) -> list[tuple[str, Path]]:
+def _find(place: str) -> Iterator[tuple[str, Path]]:
     path = Path(place)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
-        if not found:
-            raise ReportError(f"{place}: expected *.jsonl or *.jsonl.gz in this folder or below it, found none")
-        return [(str(file), file) for file in found]
     if not path.exists():
         raise ReportError(f"{place}: expected a ledger.jsonl, a folder of them or s3://bucket/prefix, found nothing")
-    return [(place, path)]
+    if not path.is_dir():
+        yield place, path
+        return
+    met: set[Path] = set()
+    for _ in range(2):  # once more when these have been read: one may have been renamed meanwhile, which happens once
+        new = sorted(_below(path) - met)
+        met.update(new)
+        yield from ((str(file), file) for file in new)
+    if not met:
+        raise ReportError(f"{place}: expected *.jsonl or *.jsonl.gz in this folder or below it, found none")
+
+
+def _below(folder: Path) -> set[Path]:
+    def refuse(error: OSError) -> None:
+        if error.errno not in _GONE:
+            raise ReportError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    found = {
+        Path(below, name)
+        for below, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if name.endswith(_SUFFIXES)
+    }
+    return {file for file in found if file.is_file()}
 
 
 def _download(uri: str, folder: Path) -> list[tuple[str, Path]]:
@@ -138,7 +165,11 @@ def _download(uri: str, folder: Path) -> list[tuple[str, Path]]:
     def fetch(numbered: tuple[int, str]) -> tuple[str, Path]:
         number, name = numbered
         path = folder / f"object-{number}"
-        path.write_bytes(bucket.get(name))
+        try:
+            path.write_bytes(bucket.get(name))
+        except S3Error as error:
+            if not error.missing:
+                raise
         return f"{bucket.place}{name}", path
 
     with ThreadPoolExecutor(_DOWNLOADS) as pool:
@@ -158,6 +189,8 @@ def _lines(name: str, path: Path, torn: list[Torn]) -> Iterator[tuple[int, bytes
     except (EOFError, gzip.BadGzipFile, zlib.error):
         torn.append(Torn(name, number + 1, "the compressed file breaks off here"))
     except OSError as error:
+        if error.errno in _GONE:
+            return
         raise ReportError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
