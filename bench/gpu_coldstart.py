@@ -55,8 +55,8 @@ FP8 = {
 }  # fmt: skip
 
 
-def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
-    """Write config, tokenizer and one safetensors file a layer, unless `folder` is there."""
+def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file: int = 1, tied: bool = False) -> None:
+    """Write config, tokenizer and the layers' safetensors files, unless `folder` is there."""
     if folder.exists():
         return
     import torch
@@ -64,6 +64,7 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
 
     config = json.loads((DEMO / "config.json").read_text()) | shape | {"max_position_embeddings": 32768}
     config["layer_types"] = ["full_attention"] * shape["num_hidden_layers"]
+    config |= {"tie_word_embeddings": True} if tied else {}
     config.pop("quantization_config")
     if fp8:
         config["quantization_config"] = FP8
@@ -88,9 +89,10 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         index.update(dict.fromkeys(tensors, file))
 
+    tensors: dict[str, torch.Tensor] = {}
     for number in range(shape["num_hidden_layers"]):
         layer = f"model.layers.{number}"
-        tensors = {
+        tensors |= {
             f"{layer}.{name}.weight": torch.ones(size, dtype=torch.bfloat16)
             for name, size in {
                 "input_layernorm": hidden, "post_attention_layernorm": hidden,
@@ -103,7 +105,9 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
             ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden), ("mlp.down_proj", hidden, inner),
         ):  # fmt: skip
             tensors |= linear(f"{layer}.{name}", rows, columns)
-        write(f"layer-{number:02}.safetensors", tensors)
+        if (number + 1) % layers_a_file == 0 or number + 1 == shape["num_hidden_layers"]:
+            write(f"layer-{number:02}.safetensors", tensors)
+            tensors = {}
     table = torch.randn(shape["vocab_size"], hidden, dtype=torch.bfloat16) * 0.02
     ends = {"model.embed_tokens.weight": table, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
     if not config["tie_word_embeddings"]:
