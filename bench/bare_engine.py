@@ -60,13 +60,13 @@ async def serve(llm: Any, make: Any) -> None:
 
 def main() -> None:
     """Boot the engine and serve."""
-    from coldsnap import snapshot, vllm_engine
+    from coldsnap import snapshot, vllm_engine, vllm_release
     from coldsnap.settings import Settings
 
     folder = Settings.read(os.environ).snapshot()
     assert folder is not None
     manifest = snapshot.load_manifest(folder)
-    os.environ.update(vllm_engine.environment(os.environ, manifest.engine_args) | {"HF_HUB_OFFLINE": "1"})
+    os.environ.update(vllm_release.environment(os.environ, manifest.engine_args) | {"HF_HUB_OFFLINE": "1"})
     vllm_engine.load(os.environ)
     import uvloop
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -1,6 +1,6 @@
 """From process start to ready, beside vLLM's own API server, page cache warm and evicted.
 
-    python bench/coldstart.py [--pairs 5] [--states warm evicted] [--steady] [--out bench/results/coldstart.json]
+    python bench/coldstart.py [--pairs 5] [--states warm evicted] [--out bench/results/coldstart.json]
 
 Both boot in turn on the same snapshot, from the same environment, each in a process group of its own. Ours is
 ready when it asks the control plane for jobs; one is waiting, and the time to its first chunk is taken too. The
@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,14 +33,12 @@ import aiohttp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
-from contenders import NATIVE, OPENAI, TOKENS, Worker  # noqa: E402
+from contenders import NATIVE, OPENAI, healthy, server_command  # noqa: E402
 from waterfall import waterfall  # noqa: E402
 
-from coldsnap import snapshot  # noqa: E402
 from coldsnap.settings import Settings  # noqa: E402
 from coldsnap.testing import ControlPlane  # noqa: E402
 
-LEVELS = (1, 8, 32)
 ENVIRONMENT = Path(sys.prefix)
 
 
@@ -56,7 +53,6 @@ class Boot:
     record: dict[str, Any] | None = None
     exit: float = 0.0
     """From SIGTERM to the end of the process."""
-    tokens_per_second: dict[int, float] | None = None
 
 
 def evict(*folders: Path) -> int:
@@ -109,7 +105,7 @@ def stop(process: subprocess.Popen[bytes]) -> float:
     return took
 
 
-async def ours(home: Path, log: Path, *, steady: bool, **more: str) -> Boot:
+async def ours(home: Path, log: Path, **more: str) -> Boot:
     """Boot the worker with one job waiting; `more` are variables for it."""
     async with ControlPlane(poll_seconds=30) as plane:
         job = plane.submit(NATIVE)
@@ -124,12 +120,6 @@ async def ours(home: Path, log: Path, *, steady: bool, **more: str) -> Boot:
             assert worker.first_poll is not None
             assert job.timestamps.first_chunk is not None
             boot = Boot(worker.first_poll - begun, job.timestamps.first_chunk - begun, cpu_seconds(process.pid))
-            if steady:
-                contender = Worker("coldsnap", plane, process.pid, NATIVE)
-                boot.tokens_per_second = {
-                    level: (await contender.run(None, level, max(16, 4 * level))).tokens_per_second
-                    for level in (32, *LEVELS)
-                }
             plane.release_polls()
         finally:
             took = await asyncio.to_thread(stop, process)
@@ -139,73 +129,29 @@ async def ours(home: Path, log: Path, *, steady: bool, **more: str) -> Boot:
     return boot
 
 
-async def theirs(home: Path, log: Path, *, steady: bool) -> Boot:
+async def theirs(home: Path, log: Path) -> Boot:
     """Boot vLLM's API server on the snapshot, with the arguments that were baked into it."""
-    folder = Settings.read({}).snapshot()
-    assert folder is not None
-    arguments = []
-    for name, value in snapshot.load_manifest(folder).engine_args.items():
-        flag = "--" + name.replace("_", "-")
-        arguments += [flag] if value is True else [f"{flag}={value}"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += arguments
+    command, url = server_command()
     with log.open("wb") as out:
         begun = time.monotonic()
-        command += ["--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log"]
         process = start(command, base(home), out)
-    url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            await healthy(session, url, process)
+            await healthy(session, url)
             ready = time.monotonic() - begun
-            await stream(session, url, str(folder))
+            await stream(session, url)
             boot = Boot(ready, time.monotonic() - begun, cpu_seconds(process.pid))
-            if steady:
-                boot.tokens_per_second = {
-                    level: await rate(session, url, str(folder), level) for level in (32, *LEVELS)
-                }
     finally:
         took = await asyncio.to_thread(stop, process)
     boot.exit = took
     return boot
 
 
-async def healthy(session: aiohttp.ClientSession, url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when /health answers 200."""
-    while process.poll() is None:
-        with contextlib.suppress(aiohttp.ClientError):
-            async with session.get(f"{url}/health") as answer:
-                if answer.status == 200:
-                    return
-        await asyncio.sleep(0.02)
-    raise RuntimeError("vLLM's server has ended")
-
-
-async def stream(session: aiohttp.ClientSession, url: str, model: str) -> float:
-    """Stream one completion; return the seconds to its first chunk."""
-    begun, first = time.monotonic(), 0.0
-    body = {"model": model} | OPENAI["openai_input"]  # type: ignore[operator]
-    async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
+async def stream(session: aiohttp.ClientSession, url: str) -> None:
+    """Stream one completion as far as its first chunk."""
+    async with session.post(f"{url}/v1/chat/completions", json=OPENAI["openai_input"]) as answer:
         answer.raise_for_status()
-        async for _ in answer.content:
-            first = first or time.monotonic() - begun
-    return first
-
-
-async def rate(session: aiohttp.ClientSession, url: str, model: str, level: int) -> float:
-    """Return the tokens per second of `level` streams side by side."""
-    room, jobs = asyncio.Semaphore(level), max(16, 4 * level)
-
-    async def one() -> None:
-        async with room:
-            await stream(session, url, model)
-
-    begun = time.monotonic()
-    await asyncio.gather(*(one() for _ in range(jobs)))
-    return jobs * TOKENS / (time.monotonic() - begun)
+        await answer.content.readany()
 
 
 def import_profile(home: Path) -> list[tuple[str, float, int]]:
@@ -229,14 +175,13 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--states", nargs="+", default=["warm", "evicted"], choices=["warm", "evicted"])
-    parser.add_argument("--steady", action="store_true", help="also take tokens/s, in the first warm pair")
     parser.add_argument("--alone", action="store_true", help="without the baseline")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "coldstart.json")
     args = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="coldstart-"))
     folder = Settings.read({}).snapshot()
     assert folder is not None
-    await ours(home, home / "first.log", steady=False)  # fills the home's caches, for both
+    await ours(home, home / "first.log")  # fills the home's caches, for both
     boots: dict[str, list[Boot]] = {}
     for state in args.states:
         for number in range(args.pairs):
@@ -244,8 +189,7 @@ async def main() -> None:
             for name, contender in contenders if number % 2 == 0 else contenders[::-1]:
                 if state == "evicted":
                     evict(folder, ENVIRONMENT)
-                steady = args.steady and state == "warm" and number == 0
-                boot = await contender(home, home / f"{name}.log", steady=steady)
+                boot = await contender(home, home / f"{name}.log")
                 boots.setdefault(f"{name}, {state}", []).append(boot)
                 print(
                     f"{state} {number + 1}/{args.pairs} {name:9} ready {boot.ready:6.2f} s, first chunk "
@@ -286,11 +230,6 @@ def write(out: Path, boots: dict[str, list[Boot]], profile: list[tuple[str, floa
         assert worst < 0.02, f"the phases miss the total by {worst:.1%}"
     lines += ["| | " + " | ".join(states) + " |", "|---" * (len(states) + 1) + "|"]
     lines += [f"| {phase} | " + " | ".join(values) + " |" for phase, values in rows.items()]
-    rates = {name: runs[0].tokens_per_second for name, runs in boots.items() if runs[0].tokens_per_second}
-    if rates:
-        lines += ["", "Tokens per second at 1, 8 and 32 streams:", ""]
-        lines += ["| | 1 | 8 | 32 |", "|---|---|---|---|"]
-        lines += [f"| {name} | " + " | ".join(f"{rate[n]:.0f}" for n in LEVELS) + " |" for name, rate in rates.items()]
     lines += ["", "Imports of a boot, seconds of a package's own code under `-X importtime` (which slows them):", ""]
     lines += ["| package | seconds | modules |", "|---|---|---|"]
     lines += [f"| {name} | {seconds:.3f} | {count} |" for name, seconds, count in profile]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -23,9 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+from coldsnap import snapshot  # noqa: E402
+from coldsnap.settings import Settings  # noqa: E402
 from coldsnap.testing import ControlPlane, Job  # noqa: E402
 
 TOKENS = 64
@@ -52,6 +58,8 @@ class Sample:
     e2e: list[float]
     posts: float = 0.0
     """Per job."""
+    round: int = 0
+    """Contenders that ran in the same one are compared."""
     cpu: dict[str, float] = field(default_factory=dict)
     """CPU-seconds per 1,000 tokens, by process."""
 
@@ -69,8 +77,12 @@ class Contender(ABC):
     async def measured(self, streams: int, jobs: int, arrivals: Sequence[float] | None = None) -> Sample:
         """Run, and add the CPU that this contender's processes and this one took meanwhile.
 
-        vLLM's processes spin for a second after a step: another contender's must have come to rest before.
+        vLLM's processes spin for a second after a step: another contender's must have come to rest before. The
+        control plane keeps its jobs, and Python's collector would go through all of them for 100 ms at a time, which
+        every stream of a worker would show.
         """
+        gc.collect()
+        gc.freeze()
         await asyncio.sleep(_REST_SECONDS)
         before, own = cpu_seconds(self.pid), time.process_time()
         sample = await self.run(arrivals, streams, jobs)
@@ -98,12 +110,12 @@ class Bare(Contender):
         return Sample(jobs * TOKENS / answer["seconds"], answer["ttft"], answer["gap"], answer["e2e"])
 
 
-class Worker(Contender):
-    """A worker behind a control plane."""
+class Remote(Contender):
+    """Something that this process sends jobs to."""
 
-    def __init__(self, name: str, plane: ControlPlane, pid: int, job: dict[str, Any]) -> None:
-        self.name, self.pid = name, pid
-        self._plane, self._job = plane, job
+    @abstractmethod
+    async def _one(self) -> tuple[list[float], float, int]:
+        """Run a job; return the times of submission and of each chunk, the time of its end, and its POSTs."""
 
     async def run(self, arrivals: Sequence[float] | None, streams: int, jobs: int) -> Sample:
         room = asyncio.Semaphore(streams)
@@ -125,19 +137,50 @@ class Worker(Contender):
             statistics.mean(posts for _, _, posts in done),
         )
 
+
+class Worker(Remote):
+    """A worker behind a control plane."""
+
+    def __init__(self, name: str, plane: ControlPlane, pid: int, job: dict[str, Any]) -> None:
+        self.name, self.pid = name, pid
+        self._plane, self._job = plane, job
+
     async def _one(self) -> tuple[list[float], float, int]:
-        """Run a job; return the times of submission and of each chunk, the time of its end, and its POSTs."""
         job = self._plane.submit(self._job)
         await job.result(20)
-        check(job)
+        check(said(job))
         times = job.timestamps
         assert times.done is not None
         return [times.submitted, *times.chunks], times.done, job.posts
 
 
-def check(job: Job) -> None:
-    """Raise if the job did not give all its tokens."""
-    text = "".join(chunk if isinstance(chunk, str) else json.dumps(chunk) for chunk in job.chunks)
+class Server(Remote):
+    """vLLM's own API server, which chat completions are streamed from: no platform, no SDK, no POSTs."""
+
+    name = "vLLM's server, OpenAI"
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, pid: int) -> None:
+        self._session, self._url, self.pid = session, url, pid
+
+    async def _one(self) -> tuple[list[float], float, int]:
+        times, text = [time.monotonic()], b""
+        body = OPENAI["openai_input"]
+        async with self._session.post(f"{self._url}/v1/chat/completions", json=body) as answer:
+            answer.raise_for_status()
+            async for data in answer.content.iter_any():
+                times.append(time.monotonic())
+                text += data
+        check(text.decode())
+        return times, time.monotonic(), 0
+
+
+def said(job: Job) -> str:
+    """Return all that a job has streamed."""
+    return "".join(chunk if isinstance(chunk, str) else json.dumps(chunk) for chunk in job.chunks)
+
+
+def check(text: str) -> None:
+    """Raise if a stream did not give all its tokens."""
     if '"finish_reason":"length"' not in text.replace(": ", ":"):
         raise RuntimeError(f"a job ended before {TOKENS} tokens: {text[-300:]}")
 
@@ -207,16 +250,22 @@ class Ring(contextlib.AsyncExitStack):
         await plane.wait_for_worker(120)
         return process.pid
 
+    async def server(self) -> Server:
+        """Start vLLM's API server on the snapshot, as it comes, with the arguments that were baked into it."""
+        command, url = server_command()
+        environ = {name: value for name, value in self._environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+        process = await self._start(command, environ, "server", stdout=subprocess.DEVNULL)
+        session = await self.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        await healthy(session, url)
+        return Server(session, url, process.pid)
+
     async def peer(self, plane: ControlPlane, checkout: Path) -> int:
         """Start worker-vllm; its `vllm` command does not exist with the CPU build, so one is made."""
-        from coldsnap import snapshot, vllm_engine
-        from coldsnap.settings import Settings
+        from coldsnap import vllm_release
 
-        folder = Settings.read(os.environ).snapshot()
-        assert folder is not None
-        baked = snapshot.load_manifest(folder).engine_args
-        arguments = {k.upper(): str(v) for k, v in baked.items()}
-        environ = self._environ | plane.environment() | vllm_engine.environment(os.environ, baked) | arguments
+        folder, arguments = baked()
+        environ = self._environ | plane.environment() | vllm_release.environment(os.environ, arguments)
+        environ |= {name.upper(): str(value) for name, value in arguments.items()}
         environ |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
         environ |= {"PATH": f"{self.scratch}:{environ['PATH']}"}
         for name in ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE"):  # for a fork, and our choice; the peer spawns
@@ -253,10 +302,10 @@ def _kill(group: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def ring(checkouts: Sequence[Path], peer: Path | None, *, bare: bool = True) -> AsyncIterator[list[Contender]]:
-    """Start the bare engine, the worker of each checkout (the first is this one) and the peer, and warm them up."""
+async def ring(checkouts: Sequence[Path], peer: Path | None, *, server: bool = False) -> AsyncIterator[list[Contender]]:
+    """Start the bare engine, the worker of each checkout (the first is this one) and the others, and warm them up."""
     async with Ring() as started:
-        contenders: list[Contender] = [await started.bare()] if bare else []
+        contenders: list[Contender] = [await started.bare()]
         for number, checkout in enumerate(checkouts):
             plane = await started.plane()
             pid = await started.worker(plane, checkout)
@@ -265,12 +314,45 @@ async def ring(checkouts: Sequence[Path], peer: Path | None, *, bare: bool = Tru
                 Worker(f"{name}, native", plane, pid, NATIVE),
                 Worker(f"{name}, OpenAI", plane, pid, OPENAI),
             ]
+        if server:
+            contenders.append(await started.server())
         if peer:
             plane = await started.plane()
             contenders.append(Worker("worker-vllm, OpenAI", plane, await started.peer(plane, peer), OPENAI))
         for contender in contenders:
             await contender.run(None, 32, 64)
         yield contenders
+
+
+def baked() -> tuple[Path, dict[str, Any]]:
+    """Return the demo's snapshot and the engine arguments that were baked into it."""
+    folder = Settings.read({}).snapshot()
+    assert folder is not None
+    return folder, dict(snapshot.load_manifest(folder).engine_args)
+
+
+def server_command() -> tuple[list[str], str]:
+    """Return how to start vLLM's API server on the snapshot, as it comes, and where it will be."""
+    folder, arguments = baked()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    for name, value in arguments.items():
+        command.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    command += ["--host=127.0.0.1", f"--port={port}", "--disable-uvicorn-access-log"]
+    return command, f"http://127.0.0.1:{port}"
+
+
+async def healthy(session: aiohttp.ClientSession, url: str) -> None:
+    """Return when /health answers 200. Raises TimeoutError after four minutes."""
+    async with asyncio.timeout(240):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(f"{url}/health") as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.02)
 
 
 def quantile(values: list[float], q: float) -> float:

@@ -146,10 +146,10 @@ async def main() -> None:
         common = {"max_model_len": 4096, "enforce_eager": True}
     describe(folder, common, args.scheme)
     more = {"MODEL_NAME": str(folder)}
-    boots: dict[str, list[Boot]] = {"bare": [await ours(home, home / "bare.log", steady=False, **more)]}
+    boots: dict[str, list[Boot]] = {"bare": [await ours(home, home / "bare.log", **more)]}
     describe(folder, common | {"kv_cache_memory_bytes": kv_bytes(args.kv_gib)}, args.scheme)
     # The first of them fills the compile cache for the new arguments, if they are part of its key.
-    boots["baked"] = [await ours(home, home / "baked.log", steady=False, **more) for _ in range(args.boots + 1)][1:]
+    boots["baked"] = [await ours(home, home / "baked.log", **more) for _ in range(args.boots + 1)][1:]
     for name, runs in boots.items():
         records = [run.record for run in runs if run.record]
         phases = {p: round(statistics.median(r["phases"][p] for r in records), 3) for p in records[0]["phases"]}

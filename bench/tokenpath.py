@@ -1,9 +1,10 @@
 """How much of its engine a worker delivers: tokens/s, TTFT, gaps between chunks, CPU and POSTs per job.
 
-    python bench/tokenpath.py [--rounds 5] [--levels 1 8 32 128] [--before CHECKOUT] [--peer CHECKOUT] [--append]
+    python bench/tokenpath.py [--rounds 5] [--levels 1 8 32 128] [--before CHECKOUT] [--server] [--peer CHECKOUT]
 
 Contenders take turns in every round, on the same snapshot: the bare engine, this worker with native and with
-OpenAI jobs, the same of an older checkout (`--before`), and worker-vllm where `--peer` names a checkout of it.
+OpenAI jobs, the same of an older checkout (`--before`), with `--server` vLLM's own API server, which knows no
+platform, and worker-vllm where `--peer` names a checkout of it.
 Closed loop: so many streams at a time. With `--open SHARE ...`, jobs then arrive at random (Poisson), 256 for each
 share of what this worker has just delivered, natively, at 32 streams.
 
@@ -32,12 +33,14 @@ Samples = dict[str, dict[str, list[Sample]]]
 
 async def closed(contenders: list[Contender], rounds: int, levels: list[int], samples: Samples) -> None:
     """Let the contenders take turns, `level` streams at a time."""
-    for number in range(rounds):
+    first = 1 + max((run.round for c in samples.values() for runs in c.values() for run in runs), default=0)
+    for number in range(first, first + rounds):
         for level in levels:
             for contender in contenders:
                 sample = await contender.measured(level, min(max(24, 16 * level), 640))
+                sample.round = number
                 samples.setdefault(str(level), {}).setdefault(contender.name, []).append(sample)
-                print(f"{number + 1} {level:4} {contender.name:24} {sample.tokens_per_second:8.0f}", file=sys.stderr)
+                print(f"{number} {level:4} {contender.name:24} {sample.tokens_per_second:8.0f}", file=sys.stderr)
 
 
 async def arriving(contenders: list[Contender], shares: list[float], samples: Samples) -> None:
@@ -57,6 +60,7 @@ async def arriving(contenders: list[Contender], shares: list[float], samples: Sa
             if contender.name.startswith("worker-vllm"):
                 continue
             sample = await contender.measured(1024, len(times), times)
+            sample.round = 1 + len(samples.get(f"{share:.0%}", {}).get(contender.name, []))
             samples.setdefault(f"{share:.0%}", {}).setdefault(contender.name, []).append(sample)
             print(f"{share:6} {contender.name:24} {len(times) / now:8.1f} jobs/s", file=sys.stderr)
 
@@ -67,8 +71,8 @@ def row(runs: list[Sample], bare: list[Sample]) -> dict[str, Any]:
     def of(name: str, q: float) -> float:
         return 1000 * quantile([value for run in runs for value in getattr(run, name)], q)
 
-    pairs = zip(runs, bare, strict=False)  # a contender may have sat out the rounds of a later part
-    ratios = [run.tokens_per_second / yardstick.tokens_per_second for run, yardstick in pairs]
+    yardstick = {run.round: run.tokens_per_second for run in bare}
+    ratios = [run.tokens_per_second / yardstick[run.round] for run in runs]
     return {
         "rounds": len(runs),
         "tokens_per_second": statistics.median(run.tokens_per_second for run in runs),
@@ -144,12 +148,13 @@ async def main() -> None:
     parser.add_argument("--levels", type=int, nargs="*", default=[1, 8, 32, 128])
     parser.add_argument("--open", type=float, nargs="*", default=[], metavar="SHARE")
     parser.add_argument("--before", type=Path, help="an older checkout of this project")
+    parser.add_argument("--server", action="store_true", help="vLLM's own API server too")
     parser.add_argument("--peer", type=Path, help="a checkout of runpod-workers/worker-vllm")
     parser.add_argument("--append", action="store_true", help="add rounds to those in --out")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "tokenpath.json")
     args = parser.parse_args()
     loops: dict[str, Samples] = load(args.out) if args.append else {"closed": {}, "open": {}}
-    async with ring([ROOT, *([args.before] if args.before else [])], args.peer) as contenders:
+    async with ring([ROOT, *([args.before] if args.before else [])], args.peer, server=args.server) as contenders:
         await closed(contenders, args.rounds, args.levels, loops["closed"])
         write(args.out, loops)
         await arriving(contenders, args.open, loops["open"])

@@ -19,7 +19,7 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from coldsnap import snapshot, vllm_engine  # noqa: E402 (src is put on the path above)
+from coldsnap import snapshot, vllm_engine, vllm_release  # noqa: E402 (src is put on the path above)
 from coldsnap.errors import BootError  # noqa: E402
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         sys.exit(f"coldsnap: {error.message}")
     found = {
         "digest": manifest.digest,
-        "vllm": vllm_engine.version().partition("+")[0],
+        "vllm": vllm_release.version().partition("+")[0],
         "coldsnap": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
     }
     if wrong := differing({name: getattr(args, name) for name in found}, found):

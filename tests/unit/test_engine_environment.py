@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from coldsnap import vllm_engine
+from coldsnap import vllm_release
 
 
 @pytest.fixture(autouse=True)
 def _on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(vllm_release, "is_cpu_build", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def _on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cache_has_a_size_that_somebody_chose(
     environ: dict[str, str], manifest: dict[str, Any], set_to: str | None
 ) -> None:
-    assert vllm_engine.environment(environ, manifest).get("VLLM_CPU_KVCACHE_SPACE") == set_to
+    assert vllm_release.environment(environ, manifest).get("VLLM_CPU_KVCACHE_SPACE") == set_to
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_the_cache_has_a_size_that_somebody_chose(
     ],
 )
 def test_the_compiler_is_off_for_an_eager_engine(environ: dict[str, str], manifest: dict[str, Any], off: bool) -> None:
-    assert ("TORCHDYNAMO_DISABLE" in vllm_engine.environment(environ, manifest)) is off
+    assert ("TORCHDYNAMO_DISABLE" in vllm_release.environment(environ, manifest)) is off
 
 
 def test_on_a_gpu_the_compiler_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "is_cpu_build", lambda: False)
-    found = vllm_engine.environment({}, {"enforce_eager": True})
+    monkeypatch.setattr(vllm_release, "is_cpu_build", lambda: False)
+    found = vllm_release.environment({}, {"enforce_eager": True})
     assert found["VLLM_ENABLE_STARTUP_PLAN"] == "1"
-    assert "VLLM_ENABLE_STARTUP_PLAN" not in vllm_engine.environment({"VLLM_ENABLE_STARTUP_PLAN": "0"}, {})
+    assert "VLLM_ENABLE_STARTUP_PLAN" not in vllm_release.environment({"VLLM_ENABLE_STARTUP_PLAN": "0"}, {})
     assert not {"TORCHDYNAMO_DISABLE", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"} & found.keys()

@@ -30,7 +30,7 @@ PUBLIC = [error for error in BY_MESSAGE if error.__module__ == "coldsnap.errors"
 
 def test_the_whole_tree_is_looked_at() -> None:
     names = {error.__name__ for error in ERRORS}
-    assert {"SnapshotError", "RouteRefused", "EngineDead", "Draining", "_Answered", "_Unavailable"} <= names
+    assert {"SnapshotError", "RouteRefused", "EngineDead", "Draining", "_Answered", "Unavailable"} <= names
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coldsnap import fingerprint, vllm_engine
+from coldsnap import fingerprint, vllm_release
 from coldsnap.errors import CacheError
 from coldsnap.testing.fake_nvml import FakeNvml
 
@@ -110,7 +110,7 @@ def test_what_differs_is_named() -> None:
 
 def test_the_caches_folders_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert vllm_engine.cache_folders({}) == {
+    assert vllm_release.cache_folders({}) == {
         "vllm": Path("/home/me/.cache/vllm"),
         "triton": Path("/home/me/.triton/cache"),
         "flashinfer": Path("/home/me/.cache/flashinfer"),
@@ -121,6 +121,6 @@ def test_the_caches_folders_are_those_of_the_environment(monkeypatch: pytest.Mon
         "FLASHINFER_WORKSPACE_BASE": "/app",
         "TORCHINDUCTOR_CACHE_DIR": "/app/.cache/inductor",
     }
-    assert vllm_engine.cache_folders(image) == {
+    assert vllm_release.cache_folders(image) == {
         name: Path("/app/.cache", name) for name in ("vllm", "triton", "flashinfer", "inductor")
     }
