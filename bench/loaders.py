@@ -1,7 +1,7 @@
 """Which of vLLM's loaders to boot with: weights' seconds and the whole boot, by loader and by source.
 
-    python bench/loaders.py make FOLDER                        # the checkpoint: 3.4 GB, random weights, Qwen3-1.7B's shape
-    python bench/loaders.py disk FOLDER                        # the disk's own rate
+    python bench/loaders.py make FOLDER                 # the checkpoint: 3.4 GB, random weights, Qwen3-1.7B's shape
+    python bench/loaders.py disk FOLDER                 # the disk's own rate
     python bench/loaders.py boots FOLDER [--states …] [--loaders …] [--rounds 3] [--extra LIBRARIES]
     python bench/loaders.py s3 FOLDER [--rounds 3] [--extra LIBRARIES]
     python bench/loaders.py report                             # bench/results/loaders.md
@@ -20,7 +20,7 @@ page cache, evicted before, by one thread a file.
 Predicted, before the first run, on two CPU cores:
 - warm, alone: `prefetch` within 3% of the default (mmap), `threads` 0 to 20% faster weights, `eager` and
   `runai_streamer` 30% slower (each byte is copied once more), `sharded_state` within 10%.
-- evicted, alone: the default at half of the disk's rate; `prefetch`, `threads` and `runai_streamer` at more than 80% of it.
+- evicted, alone: the default at half of the disk's rate; `prefetch`, `threads` and `runai_streamer` at more than 80%.
 - evicted, read-ahead: all within 5% of the default, because the weights are in the page cache by then; and the default
   boots at least 10% faster than evicted and alone, because it reads while Python imports.
 - S3: `runai_streamer` straight to memory boots 10 to 20% faster than our fetch to disk, which writes every byte once;
@@ -93,6 +93,8 @@ def make(folder: Path) -> None:
                 first, whole = ("q", "qkv") if "q_proj" in name else ("gate", "gate_up")
                 parts = [name.replace(f"{first}_", f"{part}_") for part in FUSED[whole]]
                 tensors[name.replace(f"{first}_", f"{whole}_")] = torch.cat([tensors.pop(part) for part in parts])
+            if "model.embed_tokens.weight" in tensors:  # tied: of two names for one tensor the loader keeps the first
+                tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
             save_file(tensors, sharded / f"model-rank-0-part-{number}.safetensors", {"format": "pt"})
         elif path.name not in {"coldsnap.json", "model.safetensors.index.json"}:
             shutil.copy(path, sharded / path.name)
@@ -150,8 +152,8 @@ def run(command: list[str], home: Path, more: dict[str, str]) -> dict[str, Any]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     said = done.stdout + done.stderr
     if done.returncode:
-        errors = re.findall(r"^.*\b\w*(?:Error|refused)\b.*$", said, re.MULTILINE)
-        return {"refused": next((line for line in errors if "(EngineCore" in line), said[-400:]).strip()}
+        errors = re.findall(r"Worker pid.*\] (\w+Error: .*)", said)
+        return {"refused": errors[-1] if errors else said[-400:]}
     record: dict[str, Any] = json.loads(ledger.read_text().splitlines()[0])
     took = re.search(r"Loading weights took ([\d.]+) seconds", said)
     return {"seconds": record["seconds"], "phases": record["phases"], "beside": record["beside"],
@@ -166,9 +168,10 @@ def boots(folder: Path, states: list[str], loaders: list[str], rounds: int, extr
         for number in range(rounds):
             for name in loaders if number % 2 == 0 else loaders[::-1]:
                 place = folder / ("sharded" if name == "sharded_state" else "plain")
-                evict(folder)
                 if state.startswith("warm"):
                     list(map(slurp, place.glob("*.safetensors")))
+                else:
+                    evict(folder / "plain", folder / "sharded")
                 more = LOADERS[name] | {"SNAPSHOT_DIR": str(place), "PYTHONPATH": extra}
                 more["SNAPSHOT_VERIFY"] = "full" if state.endswith("read-ahead") else "size"
                 found = run(command, folder, more)
@@ -244,6 +247,39 @@ def keep(state: str, name: str, found: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def report() -> None:
+    """Write what was found as Markdown: medians, and each boot's ratio to the default's of the same round."""
+    data = json.loads(RESULTS.read_text())
+    lines = ["Written by `bench/loaders.py`, which says what was run. Two CPU cores, shared virtual disk.", ""]
+    lines += ["| way of reading the disk | GB/s |", "|---|---|"]
+    lines += [f"| {name} | {rate:.2f} |" for name, rate in data["disk"].items()]
+    for state, found in data["boots"].items():
+        first = next(iter(found.values()))
+        lines += [
+            "",
+            f"{state}:",
+            "",
+            "| | whole boot | all | to the first row | `engine` | weights | waited for the read |",
+        ]
+        lines += ["|---" * 7 + "|"]
+        for name, runs in found.items():
+            if refused := [run["refused"] for run in runs if "refused" in run]:
+                lines.append(f"| {name} | refused: {refused[0]} |" + " |" * 5)
+                continue
+            whole = [run["seconds"] for run in runs]
+            ratio = statistics.median(own / other["seconds"] for own, other in zip(whole, first, strict=False))
+            weights = [run["weights"] for run in runs if run["weights"] is not None]
+            waited = [run["phases"].get("verify", run["phases"].get("fetch", 0.0)) for run in runs]
+            engine = [run["phases"]["engine"] for run in runs]
+            lines.append(
+                f"| {name} | {statistics.median(whole):.2f} s | {', '.join(f'{each:.2f}' for each in whole)} | {ratio:.2f} "
+                f"| {statistics.median(engine):.2f} s | {f'{statistics.median(weights):.2f} s' if weights else '–'} "
+                f"| {statistics.median(waited):.2f} s |"
+            )
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main() -> None:
     """Do one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,6 +304,8 @@ def main() -> None:
         s3(folder, args.rounds, args.extra)
     elif args.part == "stream":
         stream(args.folder)
+    else:
+        report()
 
 
 if __name__ == "__main__":
