@@ -55,7 +55,18 @@ FP8 = {
 }  # fmt: skip
 
 
-def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file: int = 1, tied: bool = False) -> None:
+def linear(name: str, rows: int, columns: int, *, fp8: bool) -> dict[str, Any]:
+    """Return a layer's random weight, and its scales if it is FP8."""
+    import torch
+
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5
+    if not fp8:
+        return {f"{name}.weight": weight}
+    scale = weight.abs().amax(1, keepdim=True) / 448  # the largest number that E4M3 has
+    return {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+
+
+def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file: int = 1) -> None:
     """Write config, tokenizer and the layers' safetensors files, unless `folder` is there."""
     if folder.exists():
         return
@@ -64,7 +75,6 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file:
 
     config = json.loads((DEMO / "config.json").read_text()) | shape | {"max_position_embeddings": 32768}
     config["layer_types"] = ["full_attention"] * shape["num_hidden_layers"]
-    config |= {"tie_word_embeddings": True} if tied else {}
     config.pop("quantization_config")
     if fp8:
         config["quantization_config"] = FP8
@@ -75,13 +85,6 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file:
     hidden, inner, head = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
     torch.manual_seed(0)
-
-    def linear(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
-        weight = torch.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5
-        if not fp8:
-            return {f"{name}.weight": weight}
-        scale = weight.abs().amax(1, keepdim=True) / 448  # the largest number that E4M3 has
-        return {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
 
     index: dict[str, str] = {}
 
@@ -104,7 +107,7 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file:
             ("self_attn.v_proj", keys, hidden), ("self_attn.o_proj", hidden, queries),
             ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden), ("mlp.down_proj", hidden, inner),
         ):  # fmt: skip
-            tensors |= linear(f"{layer}.{name}", rows, columns)
+            tensors |= linear(f"{layer}.{name}", rows, columns, fp8=fp8)
         if (number + 1) % layers_a_file == 0 or number + 1 == shape["num_hidden_layers"]:
             write(f"layer-{number:02}.safetensors", tensors)
             tensors = {}

@@ -54,7 +54,7 @@ from coldstart import base, evict  # noqa: E402
 RESULTS = ROOT / "bench" / "results" / "loaders.json"
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
 }  # fmt: skip
 ENGINE = {"max_model_len": 2048, "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8}
 LOADERS: dict[str, dict[str, str]] = {
@@ -68,6 +68,7 @@ LOADERS: dict[str, dict[str, str]] = {
     "instanttensor": {"LOAD_FORMAT": "instanttensor"},
 }
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+WAYS = ("fetch, then default", "runai_streamer from S3")
 STATES = ("warm, alone", "evicted, alone", "evicted, read-ahead")
 JOB = {"input": {"prompt": "hi", "sampling_params": {"max_tokens": 1}}}
 BLOCK = 8 << 20
@@ -83,7 +84,7 @@ def make(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     plain, sharded = folder / "plain", folder / "sharded"
-    checkpoint(plain, SHAPE, fp8=False, layers_a_file=7, tied=True)
+    checkpoint(plain, SHAPE, fp8=False, layers_a_file=7)
     describe(plain, ENGINE, "none")
     sharded.mkdir(exist_ok=True)
     for number, path in enumerate(sorted(plain.iterdir())):
@@ -98,6 +99,13 @@ def make(folder: Path) -> None:
             save_file(tensors, sharded / f"model-rank-0-part-{number}.safetensors", {"format": "pt"})
         elif path.name not in {"coldsnap.json", "model.safetensors.index.json"}:
             shutil.copy(path, sharded / path.name)
+    # What the engine's attention has and a checkpoint has not.
+    scales = {
+        f"model.layers.{number}.self_attn.attn._{name}_scale": torch.tensor(1.0)
+        for number in range(SHAPE["num_hidden_layers"])
+        for name in ("q", "k", "v", "prob")
+    }
+    save_file(scales, sharded / "model-rank-0-part-scales.safetensors", {"format": "pt"})
     describe(sharded, ENGINE, "none")
 
 
@@ -153,7 +161,7 @@ def run(command: list[str], home: Path, more: dict[str, str]) -> dict[str, Any]:
     said = done.stdout + done.stderr
     if done.returncode:
         errors = re.findall(r"Worker pid.*\] (\w+Error: .*)", said)
-        return {"refused": errors[-1] if errors else said[-400:]}
+        return {"refused": errors[-1][:200] if errors else said[-200:]}
     record: dict[str, Any] = json.loads(ledger.read_text().splitlines()[0])
     took = re.search(r"Loading weights took ([\d.]+) seconds", said)
     return {"seconds": record["seconds"], "phases": record["phases"], "beside": record["beside"],
@@ -166,6 +174,7 @@ def boots(folder: Path, states: list[str], loaders: list[str], rounds: int, extr
     run(command, folder, {"SNAPSHOT_DIR": str(folder / "plain")})  # fills the home's caches
     for state in states:
         for number in range(rounds):
+            turn = {}
             for name in loaders if number % 2 == 0 else loaders[::-1]:
                 place = folder / ("sharded" if name == "sharded_state" else "plain")
                 if state.startswith("warm"):
@@ -174,11 +183,10 @@ def boots(folder: Path, states: list[str], loaders: list[str], rounds: int, extr
                     evict(folder / "plain", folder / "sharded")
                 more = LOADERS[name] | {"SNAPSHOT_DIR": str(place), "PYTHONPATH": extra}
                 more["SNAPSHOT_VERIFY"] = "full" if state.endswith("read-ahead") else "size"
-                found = run(command, folder, more)
-                keep(state, name, found)
-                print(state, name, json.dumps(found), file=sys.stderr)
-                if "refused" in found:
-                    loaders = [other for other in loaders if other != name]
+                turn[name] = run(command, folder, more)
+                print(state, name, json.dumps(turn[name]), file=sys.stderr)
+            keep(state, turn)
+            loaders = [name for name in loaders if "refused" not in turn[name]]
 
 
 def s3(folder: Path, rounds: int, extra: str) -> None:
@@ -200,19 +208,19 @@ def s3(folder: Path, rounds: int, extra: str) -> None:
                "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0", "SNAPSHOT_VOLUME": str(folder / "none")}  # fmt: skip
     handler = [sys.executable, str(ROOT / "handler.py"), "--test_input", json.dumps(JOB)]
     streamed = [sys.executable, __file__, "stream", "s3://bucket/plain"]
-    ways = {"fetch, then default": (handler, {"SNAPSHOT_S3_URI": "s3://bucket/pushed"}),
-            "runai_streamer": (streamed, {})}  # fmt: skip
+    ways = {WAYS[0]: (handler, {"SNAPSHOT_S3_URI": "s3://bucket/pushed"}), WAYS[1]: (streamed, {})}
     try:
         time.sleep(1)
         run(streamed, folder, account)  # fills the home's caches
         for number in range(rounds):
+            turn = {}
             for name, (command, more) in list(ways.items())[:: 1 if number % 2 == 0 else -1]:
                 shutil.rmtree(cache, ignore_errors=True)
                 os.sync()
                 list(map(slurp, (folder / "plain").glob("*.safetensors")))  # the server's disk is not what is measured
-                found = run(command, folder, account | more)
-                keep("S3 on loopback", name, found)
-                print(name, json.dumps(found), file=sys.stderr)
+                turn[name] = run(command, folder, account | more)
+                print(name, json.dumps(turn[name]), file=sys.stderr)
+            keep("S3 on loopback", turn)
     finally:
         server.terminate()
         server.wait()
@@ -240,10 +248,14 @@ def stream(uri: str) -> None:
     engine.close()
 
 
-def keep(state: str, name: str, found: dict[str, Any]) -> None:
-    """Add one finding to the results."""
+def keep(state: str, turn: dict[str, dict[str, Any]]) -> None:
+    """Add one round to the results, each boot with its ratio to the round's first contender."""
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    data.setdefault("boots", {}).setdefault(state, {}).setdefault(name, []).append(found)
+    first = next(name for name in (*LOADERS, *WAYS) if name in turn)
+    for name, found in turn.items():
+        if "seconds" in found:
+            found["ratio"] = round(found["seconds"] / turn[first]["seconds"], 4)
+        data.setdefault("boots", {}).setdefault(state, {}).setdefault(name, []).append(found)
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 
 
@@ -254,12 +266,11 @@ def report() -> None:
     lines += ["| way of reading the disk | GB/s |", "|---|---|"]
     lines += [f"| {name} | {rate:.2f} |" for name, rate in data["disk"].items()]
     for state, found in data["boots"].items():
-        first = next(iter(found.values()))
         lines += [
             "",
             f"{state}:",
             "",
-            "| | whole boot | all | to the first row | `engine` | weights | waited for the read |",
+            "| | whole boot | all | to the default | `engine` | weights | waited for the read |",
         ]
         lines += ["|---" * 7 + "|"]
         for name, runs in found.items():
@@ -267,13 +278,13 @@ def report() -> None:
                 lines.append(f"| {name} | refused: {refused[0]} |" + " |" * 5)
                 continue
             whole = [run["seconds"] for run in runs]
-            ratio = statistics.median(own / other["seconds"] for own, other in zip(whole, first, strict=False))
+            ratio = statistics.median(run["ratio"] for run in runs)
             weights = [run["weights"] for run in runs if run["weights"] is not None]
             waited = [run["phases"].get("verify", run["phases"].get("fetch", 0.0)) for run in runs]
-            engine = [run["phases"]["engine"] for run in runs]
+            engine = statistics.median(run["phases"]["engine"] for run in runs)
             lines.append(
-                f"| {name} | {statistics.median(whole):.2f} s | {', '.join(f'{each:.2f}' for each in whole)} | {ratio:.2f} "
-                f"| {statistics.median(engine):.2f} s | {f'{statistics.median(weights):.2f} s' if weights else '–'} "
+                f"| {name} | {statistics.median(whole):.2f} s | {', '.join(f'{each:.2f}' for each in whole)} "
+                f"| {ratio:.2f} | {engine:.2f} s | {f'{statistics.median(weights):.2f} s' if weights else '–'} "
                 f"| {statistics.median(waited):.2f} s |"
             )
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
