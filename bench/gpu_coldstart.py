@@ -55,8 +55,19 @@ FP8 = {
 }  # fmt: skip
 
 
-def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
-    """Write config, tokenizer and one safetensors file a layer, unless `folder` is there."""
+def linear(name: str, rows: int, columns: int, *, fp8: bool) -> dict[str, Any]:
+    """Return a layer's random weight, and its scales if it is FP8."""
+    import torch
+
+    weight = torch.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5
+    if not fp8:
+        return {f"{name}.weight": weight}
+    scale = weight.abs().amax(1, keepdim=True) / 448  # the largest number that E4M3 has
+    return {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+
+
+def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool, layers_a_file: int = 1) -> None:
+    """Write config, tokenizer and the layers' safetensors files, unless `folder` is there."""
     if folder.exists():
         return
     import torch
@@ -75,22 +86,16 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
     queries, keys = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
     torch.manual_seed(0)
 
-    def linear(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
-        weight = torch.randn(rows, columns, dtype=torch.bfloat16) / columns**0.5
-        if not fp8:
-            return {f"{name}.weight": weight}
-        scale = weight.abs().amax(1, keepdim=True) / 448  # the largest number that E4M3 has
-        return {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
-
     index: dict[str, str] = {}
 
     def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         index.update(dict.fromkeys(tensors, file))
 
+    tensors: dict[str, torch.Tensor] = {}
     for number in range(shape["num_hidden_layers"]):
         layer = f"model.layers.{number}"
-        tensors = {
+        tensors |= {
             f"{layer}.{name}.weight": torch.ones(size, dtype=torch.bfloat16)
             for name, size in {
                 "input_layernorm": hidden, "post_attention_layernorm": hidden,
@@ -102,8 +107,10 @@ def checkpoint(folder: Path, shape: dict[str, int], *, fp8: bool) -> None:
             ("self_attn.v_proj", keys, hidden), ("self_attn.o_proj", hidden, queries),
             ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden), ("mlp.down_proj", hidden, inner),
         ):  # fmt: skip
-            tensors |= linear(f"{layer}.{name}", rows, columns)
-        write(f"layer-{number:02}.safetensors", tensors)
+            tensors |= linear(f"{layer}.{name}", rows, columns, fp8=fp8)
+        if (number + 1) % layers_a_file == 0 or number + 1 == shape["num_hidden_layers"]:
+            write(f"layer-{number:02}.safetensors", tensors)
+            tensors = {}
     table = torch.randn(shape["vocab_size"], hidden, dtype=torch.bfloat16) * 0.02
     ends = {"model.embed_tokens.weight": table, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)}
     if not config["tie_word_embeddings"]:

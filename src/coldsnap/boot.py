@@ -41,7 +41,7 @@ class Booted:
 
     def cold_start(self) -> ColdStart:
         """Return the record of this boot; its phases add up to now."""
-        info, supply = self.engine.info, self.supply
+        info, supply, reading = self.engine.info, self.supply, self.supply.reading
         speed = None
         if supply.fetched_bytes and supply.fetch_seconds:
             speed = round(supply.fetched_bytes / supply.fetch_seconds / 1e9, 6)
@@ -55,6 +55,8 @@ class Booted:
             verified=supply.verified,
             fetched_bytes=supply.fetched_bytes,
             fetch_gb_per_second=speed,
+            read_gb_per_second=round(reading.bytes / reading.seconds / 1e9, 6) if reading else None,
+            disk_read_bytes=reading.disk_bytes if reading else None,
             cache=self.cached.state,
             cache_because=self.cached.because,
             cache_bundle=self.cached.fingerprint,

@@ -58,6 +58,8 @@ class ColdStart(Record):
 
     `source` is where the model was found; `verified` that every file's BLAKE3 digest was compared with a manifest.
     `fetched_bytes` came over the network at `fetch_gb_per_second` (1e9 bytes); null where vLLM downloads itself.
+    `read_gb_per_second` is how fast all of `snapshot_bytes` were read and hashed, `disk_read_bytes` what of it the disk
+    had to deliver: the rest was in the page cache. Null where nothing was read again (fetched, or unverified).
     `limits` are the engine's, `max_concurrency` is how many jobs the worker takes at once: `coldsnap plan` needs them.
     `cache` is what became of the compile caches' bundle (`cache_bundle` is its fingerprint, `cache_bytes` its size):
     found, missing, `refused` because it is damaged or another's, `late`, `failed` or not asked for; `cache_because`.
@@ -77,6 +79,8 @@ class ColdStart(Record):
     verified: bool
     fetched_bytes: int | None
     fetch_gb_per_second: float | None
+    read_gb_per_second: float | None = None
+    disk_read_bytes: int | None = None
     cache: State = "off"
     cache_because: str | None = None
     cache_bundle: str | None = None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -135,6 +137,15 @@ class Manifest(_Frozen):
         return sum(entry.size for entry in self.files.values())
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a full check read. `disk_bytes` of the `bytes` were not in the page cache; None if the kernel hides it."""
+
+    bytes: int
+    disk_bytes: int | None
+    seconds: float
+
+
 def write_manifest(
     folder: Path,
     *,
@@ -152,7 +163,7 @@ def write_manifest(
     temporary = folder / f".{MANIFEST}.partial"
     temporary.unlink(missing_ok=True)  # of a bake that was interrupted
     files = {
-        name: FileEntry(size=(folder / name).stat().st_size, blake3=_digest(folder / name))
+        name: FileEntry(size=(folder / name).stat().st_size, blake3=_digest(folder / name)[0])
         for name in sorted(_listing(folder))
     }
     manifest = Manifest(
@@ -202,11 +213,12 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raise SnapshotError(f"snapshot {where}: {MANIFEST}: {field}: {first['msg']}") from error
 
 
-def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> None:
+def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> Reading | None:
     """Raise `SnapshotError`, naming the file, unless `folder` holds exactly what `manifest` lists.
 
     Names and sizes are always checked. With mode `full` each file is read once, several at a time, and its
-    digest compared; the read also fills the page cache, from which the engine then loads the weights.
+    digest compared; the read also fills the page cache, from which the engine then loads the weights. How that
+    read went is returned.
     """
     found = _listing(folder)
     for name, entry in sorted(manifest.files.items()):
@@ -219,15 +231,18 @@ def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> None:
         raise SnapshotError(
             f"snapshot {folder}: {extra[0]}: expected no such file, found one that the manifest does not list"
         )
-    if mode == "full":
-        largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-        with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="verify") as pool:
-            digests = dict(
-                zip(largest_first, pool.map(lambda name: _digest(folder / name), largest_first), strict=True)
-            )
-        for name, entry in sorted(manifest.files.items()):
-            if digests[name] != entry.blake3:
-                raise SnapshotError(f"snapshot {folder}: {name}: expected BLAKE3 {entry.blake3}, found {digests[name]}")
+    if mode == "size":
+        return None
+    begun = time.monotonic()
+    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="verify") as pool:
+        read = dict(zip(largest_first, pool.map(lambda name: _digest(folder / name), largest_first), strict=True))
+    seconds = time.monotonic() - begun
+    for name, entry in sorted(manifest.files.items()):
+        if (digest := read[name][0]) != entry.blake3:
+            raise SnapshotError(f"snapshot {folder}: {name}: expected BLAKE3 {entry.blake3}, found {digest}")
+    from_disk = [disk for _, disk in read.values() if disk is not None]
+    return Reading(manifest.size, sum(from_disk) if len(from_disk) == len(read) else None, seconds)
 
 
 def _listing(folder: Path) -> set[str]:
@@ -240,8 +255,9 @@ def _listing(folder: Path) -> set[str]:
     } - {MANIFEST}
 
 
-def _digest(path: Path) -> str:
-    hasher = blake3()
+def _digest(path: Path) -> tuple[str, int | None]:
+    """Return the file's digest and how many bytes the disk delivered for it."""
+    hasher, before = blake3(), _from_disk()
     buffer = memoryview(bytearray(_READ_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
@@ -252,4 +268,14 @@ def _digest(path: Path) -> str:
         raise SnapshotError(
             f"snapshot {path.parent}: {path.name}: expected a readable file, found: {error.strerror}"
         ) from error
-    return hasher.hexdigest()
+    after = _from_disk()
+    return hasher.hexdigest(), None if before is None or after is None else after - before
+
+
+def _from_disk() -> int | None:
+    """Return the bytes that this thread has had fetched from storage so far (proc(5), /proc/pid/io), if it may know."""
+    try:
+        lines = Path("/proc/thread-self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)

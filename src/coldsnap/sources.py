@@ -20,7 +20,7 @@ from coldsnap import pull, snapshot
 from coldsnap.errors import SettingsError, SnapshotError
 from coldsnap.s3 import Place
 from coldsnap.settings import Settings
-from coldsnap.snapshot import MANIFEST, Manifest
+from coldsnap.snapshot import MANIFEST, Manifest, Reading
 
 Kind = Literal["image", "volume", "platform-cache", "local", "s3", "hub"]
 _STORE = "coldsnap"
@@ -32,6 +32,7 @@ class Supply:
     """What was found. Without a `folder` vLLM downloads the model itself; without a `manifest` it is unverified.
 
     `verified`: every file's digest has been compared. `fetched_bytes` is None where vLLM does the fetching.
+    `reading` is how the files were read to be compared, None where they were not, or while they were fetched.
     `beside` has the seconds of each piece of work.
     """
 
@@ -41,6 +42,7 @@ class Supply:
     verified: bool = False
     fetched_bytes: int | None = 0
     fetch_seconds: float | None = None
+    reading: Reading | None = None
     beside: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -109,9 +111,9 @@ def _here(source: Kind, folder: Path, settings: Settings) -> Search:
 
 def _checked(source: Kind, folder: Path, manifest: Manifest, settings: Settings) -> Supply:
     begun = time.monotonic()
-    snapshot.verify(folder, manifest, settings.snapshot_verify)
+    reading = snapshot.verify(folder, manifest, settings.snapshot_verify)
     beside = {"read_snapshot": time.monotonic() - begun}
-    return Supply(source, folder, manifest, verified=settings.snapshot_verify == "full", beside=beside)
+    return Supply(source, folder, manifest, verified=reading is not None, reading=reading, beside=beside)
 
 
 def _from_bucket(

@@ -38,8 +38,8 @@ _LAST_SENDS_SECONDS = 10.0
 """For the last records of a worker that ends; what is not uploaded by then stays on disk."""
 
 
-def main() -> int:
-    """Run the worker; return its exit code: 0 after a drain, 1 after an error."""
+def main(start: Callable[..., Booted] = boot) -> int:
+    """Run the worker; return its exit code: 0 after a drain, 1 after an error. `start` boots it."""
     timeline = Timeline()
     timeline.mark("python")
     try:
@@ -49,7 +49,7 @@ def main() -> int:
             os.environ.setdefault(name, value)
         if test_input is not None:
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        booted = boot(
+        booted = start(
             settings,
             timeline,
             os.environ,

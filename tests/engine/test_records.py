@@ -23,8 +23,8 @@ COMMON = {
 }  # fmt: skip
 COLD_START = COMMON | {
     "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
-    "fetch_gb_per_second", "cache", "cache_because", "cache_bundle", "cache_bytes", "model", "limits",
-    "max_concurrency", "revival", "away_seconds",
+    "fetch_gb_per_second", "read_gb_per_second", "disk_read_bytes", "cache", "cache_because", "cache_bundle",
+    "cache_bytes", "model", "limits", "max_concurrency", "revival", "away_seconds",
 }  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
@@ -59,6 +59,9 @@ async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> No
     assert first["snapshot_bytes"] == MANIFEST.size
     assert (first["source"], first["verified"]) == ("image", True)
     assert (first["fetched_bytes"], first["fetch_gb_per_second"]) == (0, None)
+    # The check is all that `read_snapshot` does, besides looking at names and sizes.
+    assert first["read_gb_per_second"] >= MANIFEST.size / first["beside"]["read_snapshot"] / 1e9
+    assert first["disk_read_bytes"] is None or first["disk_read_bytes"] >= 0
     assert (first["worker_id"], first["endpoint_id"]) == ("worker-1", worker.plane.endpoint_id)
     assert (first["gpu"], first["gpu_count"]) == ("cpu", 1)
     assert first["vllm"]

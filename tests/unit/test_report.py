@@ -26,6 +26,7 @@ from coldsnap.report import api, figures, notation, source, store
 from coldsnap.report.command import when
 from coldsnap.report.figures import Figures
 from coldsnap.report.page import CAUSES
+from coldsnap.report.terminal import snapshot_rates
 from coldsnap.settings import ROOT
 
 Record = dict[str, Any]
@@ -124,6 +125,18 @@ class TestFigures:
         other = [each | {"endpoint_id": "e2", "worker_id": "w2"} for each in (*LEDGER[:2], LEDGER[2] | {"final": True})]
         found, _ = gathered(ledger([*LEDGER, *other]), tmp_path, by="endpoint")
         assert {row["name"]: row["loaded_gpu_seconds"] for row in found.groups} == pytest.approx({"e1": 30, "e2": 20})
+
+    def test_what_the_page_cache_delivers_is_told_from_the_disk(self, ledger: Any, tmp_path: Path) -> None:
+        boots = [
+            cold(0, snapshot_bytes=100, read_gb_per_second=6.0, disk_read_bytes=0),
+            cold(50, snapshot_bytes=100, read_gb_per_second=2.0, disk_read_bytes=None),
+            cold(100, snapshot_bytes=100, read_gb_per_second=1.0, disk_read_bytes=90),
+            cold(150, snapshot_bytes=100, read_gb_per_second=None, disk_read_bytes=None),
+        ]
+        found, _ = gathered(ledger(boots), tmp_path)
+        said = "The snapshot was read and hashed at 2.00 GB/s, the median of 3 boots; 1.00 GB/s in the 1 that had"
+        assert snapshot_rates(found.boots).startswith(said)
+        assert snapshot_rates(gathered(ledger(LEDGER), tmp_path)[0].boots) == ""
 
     def test_groups_are_models_endpoints_or_days(self, ledger: Any, tmp_path: Path) -> None:
         place = ledger([*LEDGER, request(86400, 0.1, 0.1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import orjson
@@ -87,6 +88,23 @@ def test_a_snapshot_as_it_was_baked_is_accepted(folder: Path, mode: Any) -> None
     manifest = load_manifest(folder)
     verify(folder, manifest, mode)  # raises what it finds
     assert manifest.files.keys() == FILES.keys()
+
+
+def test_a_full_check_says_how_fast_it_read_and_what_the_disk_had_to_deliver(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(os.urandom(4 << 20))
+    manifest = bake(tmp_path)
+    os.sync()  # what is dirty stays in the page cache
+    with (tmp_path / "weights").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = getrusage(RUSAGE_SELF).ru_inblock
+    first, delivered = verify(tmp_path, manifest), (getrusage(RUSAGE_SELF).ru_inblock - before) * 512
+    again = verify(tmp_path, manifest)
+    assert first is not None
+    assert again is not None
+    assert (first.bytes, again.bytes, again.disk_bytes) == (manifest.size, manifest.size, 0)
+    assert first.disk_bytes == delivered
+    assert first.seconds > 0
+    assert verify(tmp_path, manifest, "size") is None
 
 
 def test_the_manifest_says_what_was_baked(folder: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 TILE = 64.0
@@ -38,6 +38,10 @@ class Speed:
     """Tokens in a step, at most: `max_num_batched_tokens`."""
     cache: float = math.inf
     """Tokens whose keys and values fit."""
+
+    def slower(self, by: float) -> Speed:
+        """Return an engine whose steps take `by` times as long."""
+        return replace(self, a=self.a * by, b=self.b * by, c=self.c * by, d=self.d * by)
 
 
 class Batch:

@@ -179,7 +179,7 @@ def _checked(speed: Speed, requests: Sequence[Record]) -> tuple[Speed, float, fl
     ttft = np.array([record["ttft_seconds"] for record in requests])
     correction = 1.0
     for _ in range(_MOST_ROUNDS):  # a slower model makes fuller batches, which are slower in turn
-        first, last = _again(_scaled(speed, correction), requests)
+        first, last = _again(speed.slower(correction), requests)
         computed = last - first
         if not (computed.sum() > 0 and recorded.sum() > 0):
             break
@@ -187,17 +187,13 @@ def _checked(speed: Speed, requests: Sequence[Record]) -> tuple[Speed, float, fl
         correction *= ratio
         if abs(ratio - 1) < _CLOSE:
             break
-    speed = _scaled(speed, correction)
+    speed = speed.slower(correction)
     first, last = _again(speed, requests)
     decoded = recorded > 0
     error = float(np.median(np.abs((last - first)[decoded] / recorded[decoded] - 1))) if decoded.any() else 0.0
     warm = np.array([record.get("boot", "warm") == "warm" for record in requests])
     front = float(np.median((ttft - first)[warm])) if warm.any() else 0.0
     return speed, correction, error, max(0.0, front)
-
-
-def _scaled(speed: Speed, by: float) -> Speed:
-    return replace(speed, a=speed.a * by, b=speed.b * by, c=speed.c * by, d=speed.d * by)
 
 
 def _again(speed: Speed, requests: Sequence[Record]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

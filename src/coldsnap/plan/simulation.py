@@ -13,7 +13,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import numpy as np
@@ -61,6 +61,10 @@ class WorkerModel:
     stop: float = 0.0
     """From the decision to end a worker to its end."""
 
+    def slower(self, by: float) -> WorkerModel:
+        """Return a worker whose steps take `by` times as long."""
+        return replace(self, speed=self.speed.slower(by))
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -90,6 +94,8 @@ class Outcome:
     """Of them, with a step under way."""
     cold: float
     """Of them, until ready."""
+    served: float
+    """Seconds that jobs spent in workers, summed."""
     boots: int
     peak: int
     """Workers at the same time, at most."""
@@ -105,6 +111,11 @@ class Outcome:
     def active(self) -> float:
         """Seconds of the workers that are always there."""
         return self.choice.scaling.least * self.seconds
+
+    def occupancy(self, sequences: int) -> float:
+        """Return the part of the slots that was taken while workers were ready: jobs at once, or in a step."""
+        slots = min(self.choice.concurrency, sequences) * (float(self.lives.sum()) - self.cold)
+        return self.served / slots if slots > 0 else 0.0
 
 
 class _Worker:
@@ -147,7 +158,7 @@ class _Simulation:
         self._first = np.zeros(count)
         self._last = np.zeros(count)
         self._ended: list[float] = []
-        self._busy = self._cold = 0.0
+        self._busy = self._cold = self._served = 0.0
         self._boots = self._peak = self._widest = 0
 
     def run(self) -> Outcome:
@@ -178,6 +189,7 @@ class _Simulation:
             busy=self._busy + sum(worker.batch.busy for worker in self._workers),
             widest=max([self._widest, *(worker.batch.widest for worker in self._workers)]),
             cold=self._cold,
+            served=self._served,
             boots=self._boots,
             peak=self._peak,
         )
@@ -220,6 +232,7 @@ class _Simulation:
             for _ in range(taken):
                 batch.add(queue.popleft(), now)
             worker.running += taken
+            self._served -= taken * now
             worker.idle_since = math.inf
             if worker.running < self._choice.concurrency:
                 polling.append(worker)
@@ -238,6 +251,7 @@ class _Simulation:
             if worker.running == self._choice.concurrency:
                 self._polling.append(worker)
             worker.running -= len(finished)
+            self._served += len(finished) * at
             if not worker.running:
                 worker.idle_since = at
                 self._look_by(at + self._scaling.idle_timeout)

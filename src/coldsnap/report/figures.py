@@ -243,7 +243,9 @@ FROM requests GROUP BY ALL ORDER BY name
 _BOOTS = """
 SELECT count(*) AS count, count(*) FILTER (boot <> 'fresh') AS other,
     quantile_cont(seconds, 0.5) FILTER (boot = 'fresh') AS p50,
-    quantile_cont(seconds, 0.95) FILTER (boot = 'fresh') AS p95
+    quantile_cont(seconds, 0.95) FILTER (boot = 'fresh') AS p95,
+    count(read_rate) AS reads, quantile_cont(read_rate, 0.5) AS read_rate,
+    count(read_rate) FILTER (from_disk) AS disk_reads, quantile_cont(read_rate, 0.5) FILTER (from_disk) AS disk_rate
 FROM cold_starts, period WHERE time >= since
 """
 

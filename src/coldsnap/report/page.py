@@ -11,7 +11,7 @@ from coldsnap.report import notation, plots
 from coldsnap.report.api import Rates
 from coldsnap.report.figures import Figures
 from coldsnap.report.source import Intake
-from coldsnap.report.terminal import reading
+from coldsnap.report.terminal import reading, snapshot_rates
 
 CAUSES = {
     "recompute": "computed again after a preemption",
@@ -73,6 +73,7 @@ def render(figures: Figures, intake: Intake, asked: Asked) -> str:
             million=lambda value, tokens: None if not value or not tokens else value / tokens * 1e6,
             intake=intake,
             reading=list(reading(intake)),
+            snapshot_rates=snapshot_rates(figures.boots),
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )

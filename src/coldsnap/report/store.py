@@ -48,6 +48,8 @@ FROM (
 
 CREATE TABLE cold_starts AS
 SELECT life, endpoint_id, worker_id, time, gpu_count, coalesce(boot, 'fresh') AS boot, seconds,
+    (json->>'read_gb_per_second')::DOUBLE AS read_rate,
+    (json->>'disk_read_bytes')::DOUBLE > (json->>'snapshot_bytes')::DOUBLE / 2 AS from_disk,
     json->'phases' AS phases, coalesce(json->'beside', '{}') AS beside
 FROM marked WHERE record = 'cold_start';
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coldsnap.plural import plural
-from coldsnap.report.figures import Figures
+from coldsnap.report.figures import Figures, Row
 from coldsnap.report.notation import count, digits, exact, part, ratio, seconds, usd
 from coldsnap.report.source import Intake
 
@@ -127,6 +127,18 @@ def _boots(figures: Figures, _: str, __: str, console: Console) -> None:
     beside = [each for each in figures.phases if each["beside"]]
     rows += [[f"  beside: {each['phase']}", seconds(each["p50"]), seconds(each["p95"])] for each in beside]
     _table(console, f"Cold start ({figures.boots['count']} boots)", ("phase", "p50", "p95"), rows)
+    if said := snapshot_rates(figures.boots):
+        console.print(said)
+
+
+def snapshot_rates(boots: Row) -> str:
+    """Return how fast boots read the snapshot; empty if none of them did."""
+    if not boots["reads"]:
+        return ""
+    boots_read = plural(boots["reads"], "boot")
+    said = f"The snapshot was read and hashed at {digits(boots['read_rate'])} GB/s, the median of {boots_read}"
+    disk = f"; {digits(boots['disk_rate'])} GB/s in the {boots['disk_reads']} that had most of it from the disk"
+    return said + (disk if boots["disk_reads"] else "") + "."
 
 
 def _batches(figures: Figures, _: str, __: str, console: Console) -> None:
