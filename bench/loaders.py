@@ -229,11 +229,11 @@ def s3(folder: Path, rounds: int, extra: str) -> None:
 
 def stream(uri: str) -> None:
     """Boot the worker's engine with weights straight from a bucket, which the worker itself does not offer."""
-    from coldsnap import vllm_engine
+    from coldsnap import vllm_engine, vllm_release
     from coldsnap.timeline import Timeline
 
     timeline = Timeline()
-    os.environ.update(vllm_engine.environment(os.environ, ENGINE))
+    os.environ.update(vllm_release.environment(os.environ, ENGINE))
     timeline.mark("settings")
     vllm_engine.load(os.environ)
     timeline.mark("import_vllm")

@@ -402,18 +402,16 @@ def report(folder: Path) -> None:
                 figure: {column: round(of(found), 3) for column, found in columns.items()}
                 for figure, of in FIGURES.items()
             },
-            "p95 TTFT if steps are 10% off, s": [
-                round(each, 3) for each in predicted["ttft95_if_steps_are_10%_off"]
-            ],
+            "p95 TTFT if steps are 10% off, s": [round(each, 3) for each in predicted["ttft95_if_steps_are_10%_off"]],
             "slots": round(predicted["slots"], 3),
         }
     results = {name: results[name] for name in CASES if name in results}
     (RESULTS / "plan.json").write_text(json.dumps(results, indent=2) + "\n")
     lines = [
-        "`coldsnap plan` against `coldsnap serve` (`bench/plan_check.py`): calibrated from a run of its own (five boots,",
-        f"batches of growing size), predicted, then measured. Aim: worker-seconds and p95 TTFT within {WITHIN:.0%}. The",
-        "last column is the same simulation calibrated from the measured run's own ledger: what is left is the",
-        "simulation's error, not the calibration's.",
+        "`coldsnap plan` against `coldsnap serve` (`bench/plan_check.py`): calibrated from a run of its own (five",
+        "boots, batches of growing size), predicted, then measured. Aim: worker-seconds and p95 TTFT within",
+        f"{WITHIN:.0%}. The last column is the same simulation calibrated from the measured run's own ledger: what is",
+        "left is the simulation's error, not the calibration's.",
         "",
         *table({name: found for name, found in results.items() if CASES[name].kind == "timed"}, "timed"),
         *table({name: found for name, found in results.items() if CASES[name].kind == "real"}, "real"),
@@ -427,11 +425,11 @@ ABOUT = {
     "timed": [
         "## With an engine that keeps time",
         "",
-        "Workers, SDK loop, `coldsnap serve`, scaler, ledger and `coldsnap bench --trace` are the real ones; an engine's",
-        "step lasts a + b*prefill + c*decode + d*attention seconds and needs no processor, as a GPU's",
+        "Workers, SDK loop, `coldsnap serve`, scaler, ledger and `coldsnap bench --trace` are the real ones; a step of",
+        "the engine lasts a + b*prefill + c*decode + d*attention seconds and needs no processor, as on a GPU",
         "(`coldsnap.testing.timed_engine`; a cold start takes 6 to 9 s). That holds queue, scaler, cold starts, idle",
-        "timeouts, billing, batching and calibration to account. It says nothing of real steps, whose cost the four terms",
-        "may miss, of a cache that gets full, or of the network.",
+        "timeouts, billing, batching and calibration to account. It says nothing of real steps, whose cost the four",
+        "terms may miss, of a cache that gets full, or of the network.",
         "",
     ],
     "real": [

@@ -215,7 +215,9 @@ class TimedEngine:
         words = request.prompt or " ".join(str(message["content"]) for message in request.messages or ())
         prompt, wanted = len(words.split()), int(request.sampling.get("max_tokens") or _MAX_TOKENS)
         if not 0 < prompt <= _CONTEXT - wanted:
-            raise InvalidInput(f"prompt: {prompt} words and {wanted} to come do not fit into {_CONTEXT}", param="prompt")
+            raise InvalidInput(
+                f"prompt: {prompt} words and {wanted} to come do not fit into {_CONTEXT}", param="prompt"
+            )
         account = self._accounts.open(request.id, 1, meter)
         sequence = _Sequence(request.id, prompt, wanted)
         entered = time.monotonic()
@@ -279,7 +281,7 @@ def boot(
     timeline.mark("import_sdk")
     engine = TimedEngine(timing, settings.chunk_interval_ms / 1000, _warn)
     timeline.mark("configure")
-    seconds = random.uniform(*timing.boot)  # noqa: S311 -- nothing secret
+    seconds = random.uniform(*timing.boot)
     time.sleep(max(0.0, seconds - timeline.total))
     timeline.mark("engine")
     return Booted(engine, settings, timeline, None)
