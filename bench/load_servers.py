@@ -22,7 +22,8 @@ from aiohttp import web
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
-from coldstart import base, healthy, start, stop  # noqa: E402
+from coldstart import base, start, stop  # noqa: E402
+from contenders import healthy  # noqa: E402
 
 from coldsnap import snapshot  # noqa: E402
 from coldsnap.settings import Settings  # noqa: E402
@@ -122,7 +123,7 @@ async def _vllm_server(home: Path, name: str, folder: Path, more: dict[str, str]
         process = start(command, base(home) | more, log)
     try:
         async with aiohttp.ClientSession() as session:
-            await healthy(session, f"http://127.0.0.1:{at}", process)
+            await healthy(session, f"http://127.0.0.1:{at}")
         url = f"http://127.0.0.1:{at}"
         yield Server(name, url, "demo", folder, lambda: of_metrics(f"{url}/metrics"))
     finally:
@@ -172,7 +173,7 @@ async def paced_server(home: Path) -> AsyncIterator[Server]:
         process = start([sys.executable, __file__, str(at)], base(home), log)
     try:
         async with aiohttp.ClientSession() as session:
-            await healthy(session, f"http://127.0.0.1:{at}", process)
+            await healthy(session, f"http://127.0.0.1:{at}")
         yield Server("a server that keeps time", f"http://127.0.0.1:{at}", "demo", demo())
     finally:
         await asyncio.to_thread(stop, process)
