@@ -224,8 +224,11 @@ class Worker:
     def core_cpu_seconds(self) -> float:
         """Return the processor time that the engine's core has used; its worker spins for a second after each step."""
         (core,) = self.engine("EngineCor")
-        fields = _read(core, "stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(core)
+
+    def front_cpu_seconds(self) -> float:
+        """Return the processor time that the process with the event loop has used, in all its threads."""
+        return _cpu_seconds(self.process.pid)
 
 
 def user(content: str) -> dict[str, str]:
@@ -276,6 +279,11 @@ def _descendants(pid: int) -> Iterator[int]:
         for child in (task / "children").read_text().split():
             yield int(child)
             yield from _descendants(int(child))
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _read(pid: int, name: str) -> str:
