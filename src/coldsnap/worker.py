@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from coldsnap import dispatch, local, post, vllm_engine
+from coldsnap import dispatch, local, post, processes, vllm_engine
 from coldsnap.background import Background
 from coldsnap.boot import Booted, boot
 from coldsnap.caches import Healing
@@ -213,7 +213,9 @@ def _run_local(booted: Booted, test_input: str) -> int:
     failed: list[BootError] = []
 
     async def drained(job: dict[str, Any]) -> Any:
-        # The SDK's local mode never iterates a generator: it prints the object and calls it a success.
+        # The SDK's local mode never iterates a generator: it prints the object and calls it a success. And it takes
+        # SIGINT, for an end with exit code 0 and a traceback.
+        processes.end_at_signals()
         booted.timeline.mark("sdk")
         try:
             await booted.engine.warm_up()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,10 @@ from coldsnap.snapshot import Quantization, Source, write_manifest
 from coldsnap.testing import ControlPlane, JobFailed
 
 from .conftest import Boot
-from .worker import CORPUS, EMOJI_ONLY, LONG, MANIFEST, MODEL, SNAPSHOT, STEADY, Ended, run_handler, text, took, user
+from .worker import (
+    BOOT_SECONDS, CORPUS, EMOJI_ONLY, LONG, MANIFEST, MODEL, ROOT, SNAPSHOT, STEADY, Ended, environment, eventually, group,
+    run_handler, scratch, text, took, user,
+)  # fmt: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -126,7 +130,29 @@ async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends
         assert worker.plane.violations == []
 
 
-# Boots that fail.
+# Boots that are cut short, or fail.
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_word(
+    home: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    with scratch() as temporary:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "handler.py", "--test_input", '{"input": {"prompt": "hi"}}', cwd=tmp_path,
+            env=environment(home, tmp_path / "ledger", TMPDIR=str(temporary)),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
+        )  # fmt: skip
+        await eventually(lambda: bool(list(temporary.glob("coldsnap-*"))), BOOT_SECONDS)  # the engine's pipe
+        os.killpg(process.pid, signum)  # as a terminal does
+        async with asyncio.timeout(BOOT_SECONDS):
+            out, err = await process.communicate()
+        assert (process.returncode, out, err) == (128 + signum, b"", b"")
+        await eventually(lambda: not group(process.pid), 5)
+        left = [path.name for path in temporary.iterdir() if not path.is_dir()]
+        assert [name for name in left if not name.startswith("vllm_dist_")] == []  # that one is vLLM's, and unnamed to us
+
+
 
 
 async def refused(plane: ControlPlane, home: Path, cwd: Path, **environ: str) -> Ended:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
     """Return all variables of a worker: nothing of the environment that the tests happen to run in."""
     kept = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
     return kept | {"COLDSNAP_LEDGER_DIR": str(ledger)} | more
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a worker's temporary files: one that is killed leaves some. Its path is short, as a socket's must be."""
+    with tempfile.TemporaryDirectory(prefix="worker-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 class Stalls:
@@ -87,15 +95,17 @@ class Ended:
 async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) -> Ended:
     """Run `handler.py` to its end, in the folder `cwd`; its ledger goes to `cwd/ledger`."""
     begun = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, ROOT / "handler.py", *arguments, cwd=cwd, env=environment(home, cwd / "ledger", **environ),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(BOOT_SECONDS):
-            out, err = await process.communicate()
-    finally:
-        _kill_group(process.pid)
+    with scratch() as temporary:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "handler.py", *arguments, cwd=cwd,
+            env=environment(home, cwd / "ledger", TMPDIR=str(temporary), **environ),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(BOOT_SECONDS):
+                out, err = await process.communicate()
+        finally:
+            _kill_group(process.pid)
     assert process.returncode is not None
     return Ended(process.returncode, out.decode(), err.decode(), took(begun))
 
@@ -110,6 +120,8 @@ class Worker:
         self.spawned = 0.0
         """`time.time()` just before the process was started."""
         self.process: asyncio.subprocess.Process
+        self.scratch: Path
+        """Its folder for temporary files."""
         self._home = home
         self._environ = environ
         self._stack = contextlib.AsyncExitStack()
@@ -117,7 +129,9 @@ class Worker:
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.plane)
         await self._stack.enter_async_context(self.gateway)
-        env = environment(self._home, self.folder, **self.plane.environment(), **self._environ)
+        self.scratch = self._stack.enter_context(scratch())
+        own = {"TMPDIR": str(self.scratch), **self._environ}
+        env = environment(self._home, self.folder, **self.plane.environment(), **own)
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self.spawned = time.time()
             self.process = await asyncio.create_subprocess_exec(
