@@ -212,6 +212,14 @@ def _run_local(booted: Booted, test_input: str) -> int:
     view = local.View(booted)
     failed: list[BootError] = []
 
+    async def watched() -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                booted.engine.check()
+            except ColdsnapError as error:
+                return jobs.stop(error)
+
     async def drained(job: dict[str, Any]) -> Any:
         # The SDK's local mode never iterates a generator: it prints the object and calls it a success. And it takes
         # SIGINT, for an end with exit code 0 and a traceback.
@@ -225,7 +233,9 @@ def _run_local(booted: Booted, test_input: str) -> int:
         booted.timeline.mark("warm_up")
         cold_start = life.ready()
         view.begin(job)
+        watch = asyncio.create_task(watched())
         chunks = [view.chunk(chunk) async for chunk in jobs.handle(job)]
+        watch.cancel()
         view.end(chunks, cold_start, records, written=not sink.tally.unwritten)
         last = chunks[-1]
         return {"error": last["error"]} if isinstance(last, dict) and "error" in last else {"chunks": chunks}

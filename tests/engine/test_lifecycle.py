@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -19,8 +20,26 @@ from coldsnap.testing import ControlPlane, JobFailed
 
 from .conftest import Boot
 from .worker import (
-    BOOT_SECONDS, CORPUS, EMOJI_ONLY, LONG, MANIFEST, MODEL, ROOT, SNAPSHOT, STEADY, Ended, environment, eventually, group,
-    run_handler, scratch, text, took, user,
+    BOOT_SECONDS,
+    CORPUS,
+    EMOJI_ONLY,
+    LONG,
+    MANIFEST,
+    MODEL,
+    ROOT,
+    SNAPSHOT,
+    STEADY,
+    Ended,
+    engine,
+    environment,
+    eventually,
+    group,
+    kill_group,
+    run_handler,
+    scratch,
+    text,
+    took,
+    user,
 )  # fmt: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -130,6 +149,30 @@ async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends
         assert worker.plane.violations == []
 
 
+@pytest.mark.parametrize("sight", ["Starting Serverless Worker", "prompt: "])
+async def test_an_engine_that_dies_before_or_during_the_job_of_a_terminal_ends_it_with_1(
+    home: Path, tmp_path: Path, sight: str
+) -> None:
+    job = {"input": {"prompt": QUESTION, "sampling_params": STEADY}}
+    stdout = tmp_path / "stdout"
+    with scratch() as temporary, stdout.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "handler.py", "--test_input", json.dumps(job), cwd=tmp_path,
+            env=environment(home, tmp_path / "ledger", TMPDIR=str(temporary)),
+            stdout=out, stderr=out, process_group=0,
+        )  # fmt: skip
+        try:
+            await eventually(lambda: sight in stdout.read_text("utf-8", "replace"), BOOT_SECONDS)
+            (core,) = engine(process.pid, "EngineCor")
+            os.kill(core, signal.SIGKILL)
+            async with asyncio.timeout(BOOT_SECONDS):
+                assert await process.wait() == 1
+        finally:
+            kill_group(process.pid)
+    said = stdout.read_text("utf-8", "replace")
+    assert "EngineDeadError" in said or "the engine started but cannot answer" in said
+
+
 # Boots that are cut short, or fail.
 
 
@@ -150,9 +193,9 @@ async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_
         assert (process.returncode, out, err) == (128 + signum, b"", b"")
         await eventually(lambda: not group(process.pid), 5)
         left = [path.name for path in temporary.iterdir() if not path.is_dir()]
-        assert [name for name in left if not name.startswith("vllm_dist_")] == []  # that one is vLLM's, and unnamed to us
-
-
+        assert [
+            name for name in left if not name.startswith("vllm_dist_")
+        ] == []  # that one is vLLM's, and unnamed to us
 
 
 async def refused(plane: ControlPlane, home: Path, cwd: Path, **environ: str) -> Ended:

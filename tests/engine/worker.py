@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import pytest
 
+from coldsnap.processes import children
 from coldsnap.snapshot import load_manifest
 from coldsnap.testing import ControlPlane, Gateway, Job, JobFailed, JobState
 
@@ -48,7 +49,7 @@ def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for a worker's temporary files: one that is killed leaves some. Its path is short, as a socket's must be."""
+    """A folder for a worker's temporary files: one that is killed leaves some. A socket's path must be short."""
     with tempfile.TemporaryDirectory(prefix="worker-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -105,7 +106,7 @@ async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) ->
             async with asyncio.timeout(BOOT_SECONDS):
                 out, err = await process.communicate()
         finally:
-            _kill_group(process.pid)
+            kill_group(process.pid)
     assert process.returncode is not None
     return Ended(process.returncode, out.decode(), err.decode(), took(begun))
 
@@ -138,7 +139,7 @@ class Worker:
                 sys.executable, ROOT / "handler.py", cwd=self.folder, env=env, stdout=out, stderr=err,
                 process_group=0,
             )  # fmt: skip
-        self._stack.callback(_kill_group, self.process.pid)
+        self._stack.callback(kill_group, self.process.pid)
         try:
             await self._until_it_takes_jobs()
         except BaseException:
@@ -232,8 +233,7 @@ class Worker:
     # Its processes.
 
     def engine(self, name: str) -> list[int]:
-        """Return the process ids of the engine's processes that vLLM calls `name`, cut to 15 characters."""
-        return [pid for pid in _descendants(self.process.pid) if f"VLLM::{name}" in _read(pid, "comm")]
+        return engine(self.process.pid, name)
 
     def core_cpu_seconds(self) -> float:
         """Return the processor time that the engine's core has used; its worker spins for a second after each step."""
@@ -282,17 +282,20 @@ def group(leader: int) -> list[int]:
     return found
 
 
-def _kill_group(leader: int) -> None:
+def kill_group(leader: int) -> None:
     for pid in group(leader):  # the SDK's ping process outlives a worker that is killed
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _descendants(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield int(child)
-            yield from _descendants(int(child))
+def engine(pid: int, name: str) -> list[int]:
+    """Return the engine's processes below `pid` that vLLM calls `name`, cut to 15 characters."""
+    found = []
+    for child in children(pid):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"VLLM::{name}" in _read(child, "comm"):
+                found.append(child)
+    return found
 
 
 def _cpu_seconds(pid: int) -> float:
