@@ -10,7 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 if __name__ == "__main__":  # the engine's child processes may import this file
-    from coldsnap.processes import leave
+    from coldsnap.processes import end_at_signals, leave
+
+    end_at_signals()
     from coldsnap.worker import main
 
     leave(main())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from multiprocessing import shared_memory
 from pathlib import Path
+
+import pytest
 
 from coldsnap import processes
 from coldsnap.settings import ROOT
@@ -24,9 +27,31 @@ time.sleep(60)
 """
 
 
+BOOTING = """
+import multiprocessing, os, socket, sys, time
+from coldsnap.processes import end_at_signals
+end_at_signals()
+os.mkfifo(sys.argv[1])
+fifo = os.open(sys.argv[1], os.O_RDWR)
+bound = socket.socket(socket.AF_UNIX)
+bound.bind(sys.argv[2])
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
+print("booting", flush=True)
+try:
+    time.sleep(60)
+except BaseException:  # as vLLM does
+    time.sleep(60)
+"""
+
+
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environ = {"PYTHONPATH": str(ROOT / "src")}
     return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+
+
+def has_ended(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
@@ -47,6 +72,24 @@ def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
         assert not memory.exists()
         assert not path.exists()
         assert other.is_socket()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_boot_ends_it_at_once_and_leaves_nothing(tmp_path: Path, signum: signal.Signals) -> None:
+    environ = {"PYTHONPATH": str(ROOT / "src")}
+    names = str(tmp_path / "steps"), str(tmp_path / "socket")
+    with subprocess.Popen(
+        [sys.executable, "-c", BOOTING, *names], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as boot:
+        assert boot.stdout is not None
+        assert boot.stdout.readline() == "booting\n"
+        (child,) = processes.children(boot.pid)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["socket", "steps"]
+        boot.send_signal(signum)
+        assert boot.communicate() == ("", "")
+    assert boot.returncode == 128 + signum
+    assert list(tmp_path.iterdir()) == []
+    assert has_ended(child)
 
 
 def test_what_a_child_has_tidied_up_itself_is_no_error(tmp_path: Path) -> None:
@@ -89,6 +132,4 @@ def test_a_process_that_leaves_takes_its_own_with_it() -> None:
         "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,));"
         "child.start(); print(child.pid); leave(0)"
     )
-    pid = int(run(code).stdout)
-    stat = Path(f"/proc/{pid}/stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert has_ended(int(run(code).stdout))

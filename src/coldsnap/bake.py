@@ -80,7 +80,7 @@ def _place(uri: str) -> Place:
 
 def _count(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or not int(text):
-        raise BakeError(f"expected a whole number above 0, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
 
 
@@ -90,7 +90,7 @@ def _limit(text: str) -> float:
     except ValueError:
         value = math.nan
     if not value >= 0:
-        raise BakeError(f"expected a number of at least 0, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
     return value
 
 

@@ -7,8 +7,10 @@ the exit code. Only the module of the command that was asked for is imported.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -36,18 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if given[:1] == [name]:
-            imported = importlib.import_module(module)
-            imported.configure(command)
-            command.set_defaults(run=imported.run)
+    asked = parser
     try:
-        options = parser.parse_args(given)
+        for name, (module, summary) in COMMANDS.items():
+            command = commands.add_parser(name, help=summary, description=summary)
+            if given[:1] == [name]:
+                asked = command
+                imported = importlib.import_module(module)
+                imported.configure(command)
+                command.set_defaults(run=imported.run)
+        options, unknown = parser.parse_known_args(given)
+        if unknown:
+            asked.error(_unknown(unknown[0], asked.format_help()))
         code = int(options.run(options))
         sys.stdout.flush()
     except ColdsnapError as error:
         print(f"coldsnap: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("coldsnap"):
+            raise
+        what = f"{asked.prog} needs {error.name}, which is not here; scripts/setup.sh installs it, an image goes without"
+        print(f"coldsnap: {what}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
         return 130
@@ -55,7 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123 -- what is left to write must go somewhere
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 0
+    except OSError as error:  # the disk: full, read-only, no place for temporary files
+        print(f"coldsnap: {error}", file=sys.stderr)  # noqa: T201
+        return 1
     return code
+
+
+def _unknown(word: str, known: str) -> str:
+    option = word.partition("=")[0]
+    near = difflib.get_close_matches(option, re.findall(r"--[a-z0-9-]+", known), n=1)
+    return f"unrecognized argument {option}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 class _Version(argparse.Action):

@@ -112,15 +112,8 @@ class InvalidInput(JobError):
     type = "BadRequestError"
 
 
-class ModelNotFound(InvalidInput):
-    """The job names a model that this worker does not serve."""
-
-    status = 404
-    type = "NotFoundError"
-
-
-class RouteNotFound(InvalidInput):
-    """The job names a route that vLLM does not have for this model."""
+class NotFound(InvalidInput):
+    """The job names a model that this worker does not serve, or a route that vLLM does not have for its model."""
 
     status = 404
     type = "NotFoundError"
@@ -161,21 +154,18 @@ class Unavailable(JobError):
     type = "ServiceUnavailableError"
 
 
+class Draining(Unavailable):
+    """The job reached a worker that is shutting down and could not be finished in time."""
+
+
 class Refused(JobError):
     """`coldsnap serve` does not take a client's request; `status` says why, `retry_after` (s) when to ask again."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.type = {500: JobError.type, 503: Draining.type}.get(status, "invalid_request_error")
+        self.type = {500: JobError.type, 503: Unavailable.type}.get(status, "invalid_request_error")
         self.retry_after = retry_after
-
-
-class Draining(JobError):
-    """The job reached a worker that is shutting down and could not be finished in time."""
-
-    status = 503
-    type = "ServiceUnavailableError"
 
 
 class EngineDead(ColdsnapError):

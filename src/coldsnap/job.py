@@ -18,7 +18,7 @@ import orjson
 from coldsnap import bill, prices
 from coldsnap.bill import Bill
 from coldsnap.engine import Delta, Engine, Meter
-from coldsnap.errors import ColdsnapError, InvalidInput, JobError, RouteNotFound
+from coldsnap.errors import ColdsnapError, InvalidInput, JobError, NotFound
 from coldsnap.records import Request, Sink, origin
 from coldsnap.request import Http, Native, parse
 from coldsnap.settings import Settings
@@ -228,7 +228,7 @@ class _Answered(JobError):
             error = body["error"]
             self.type = str(error.get("type", self.type)) if isinstance(error, dict) else self.type
         elif status == _NOT_FOUND:
-            missing = RouteNotFound(f"{path}: this model does not serve it", param="route")
+            missing = NotFound(f"{path}: this model does not serve it", param="route")
             self._body, self.type = missing.body(), missing.type
         else:
             self.type = self.type if status >= _SERVER_ERROR else InvalidInput.type

@@ -28,13 +28,20 @@ def test_input(argv: list[str], *, on_platform: bool) -> str | None:
     if text is None:
         if on_platform or "--rp_serve_api" in argv:
             return None
+        if stray := argv[1:2]:  # a job that was meant, and would not be the one that is run
+            raise SettingsError(
+                f"{stray[0]:.100}: unknown argument; expected {_FLAG} '{{\"input\": …}}', or none for {_FILE}"
+            )
         path = next((p for p in (Path.cwd() / _FILE, ROOT / _FILE) if p.is_file()), None)
         if path is None:
             raise SettingsError(
                 f"{_FILE}: expected a file here or beside handler.py, found none; or give {_FLAG} '{{\"input\": …}}'"
             )
-        # What is not UTF-8 becomes lone surrogates, which are not JSON.
-        text, name = path.read_text(encoding="utf-8", errors="surrogateescape"), str(path)
+        try:
+            # What is not UTF-8 becomes lone surrogates, which are not JSON.
+            text, name = path.read_text(encoding="utf-8", errors="surrogateescape"), str(path)
+        except OSError as error:
+            raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
     try:
         job = orjson.loads(text)
     except orjson.JSONDecodeError as error:

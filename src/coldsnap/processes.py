@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,29 @@ def children(pid: int) -> Iterator[int]:
                 yield from children(child)
 
 
+def end_at_signals() -> None:
+    """End at once at SIGINT and SIGTERM, with every process below this one, until somebody else takes these signals.
+
+    For a boot: nothing is served yet, so there is nothing to drain. As exceptions they would not do: while vLLM waits
+    for its engine it swallows a KeyboardInterrupt and then waits for ten minutes, and at a SIGTERM the engine lives on.
+    """
+    owner = os.getpid()
+
+    def end(signum: int, _frame: object) -> None:
+        if os.getpid() == owner:  # not in a child that has been forked a moment ago
+            below = list(children(owner))
+            files = {file for pid in (owner, *below) for file in _files(pid)}
+            for pid in below:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for file in files:
+                Path(file).unlink(missing_ok=True)
+        leave(128 + signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, end)
+
+
 @contextlib.contextmanager
 def without_leaks() -> Iterator[None]:
     """Remove the shared memory and the sockets' files of the child processes that are killed meanwhile."""
@@ -41,7 +65,12 @@ def _files(pid: int) -> Iterator[str]:
     """Yield the files that a process would leave behind if it were killed."""
     with contextlib.suppress(OSError):
         yield from _SHARED.findall(Path(f"/proc/{pid}/maps").read_text())
-        sockets = {link.readlink().name for link in Path(f"/proc/{pid}/fd").iterdir()}
+        opened = set()
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as what this list was read through
+                opened.add(link.readlink())
+        yield from (str(path) for path in opened if path.is_fifo())
+        sockets = {path.name for path in opened}
         for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
             inode, *path = line.split(maxsplit=7)[6:]
             if path and path[0].startswith("/") and f"socket:[{inode}]" in sockets:
@@ -54,6 +83,6 @@ def leave(code: int) -> NoReturn:
         child.kill()  # the SDK's pings
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # nobody reads it, it is closed, or being written
             stream.flush()
     os._exit(code)

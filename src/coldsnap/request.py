@@ -16,7 +16,7 @@ import orjson
 
 from coldsnap import routes
 from coldsnap.engine import Generation, HttpRequest
-from coldsnap.errors import InvalidInput, ModelNotFound
+from coldsnap.errors import InvalidInput, NotFound
 
 NATIVE = ("prompt", "messages", "sampling_params", "stream", "model", "chat_template_kwargs")
 OPENAI = ("openai_route", "openai_input")
@@ -76,7 +76,7 @@ def _parse_native(content: dict[str, Any], job_id: str, models: tuple[str, ...])
     sampling = _typed(content, "sampling_params", dict, {})
     model = _typed(content, "model", str, models[0])
     if model not in models:
-        raise ModelNotFound(f"model: {model!r:.100} is not served here; served: {', '.join(models)}", param="model")
+        raise NotFound(f"model: {model!r:.100} is not served here; served: {', '.join(models)}", param="model")
     template = _typed(content, "chat_template_kwargs", dict, {})
     generation = Generation(job_id, prompt, messages, sampling, template)
     return Native(generation, _typed(content, "stream", bool, default=False), model)

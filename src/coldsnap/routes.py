@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from coldsnap.errors import MethodNotAllowed, RouteNotFound, RouteRefused
+from coldsnap.errors import MethodNotAllowed, NotFound, RouteRefused
 
 ALLOWED: Mapping[str, str] = {
     "/v1/models": "GET",
@@ -64,4 +64,4 @@ def check(path: str, method: str) -> None:
             if method != allowed:
                 raise MethodNotAllowed(f"{method[:20]} {path[:200]}: expected {allowed}", param="method")
             return
-    raise RouteNotFound(f"{path[:200]}: no such route; known: {', '.join(ALLOWED)}", param="route")
+    raise NotFound(f"{path[:200]}: no such route; known: {', '.join(ALLOWED)}", param="route")

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,7 @@ class StepReader:
 
     def __init__(self, on_frame: Callable[[Frame], None]) -> None:
         self._on_frame = on_frame
-        self._folder = tempfile.mkdtemp(prefix="coldsnap-")
-        self.path = str(Path(self._folder, "steps"))
+        self.path = str(Path(tempfile.gettempdir(), f"coldsnap-{uuid4().hex}"))
         """For the engine's environment."""
         os.mkfifo(self.path, 0o600)
         self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)  # a writer too: no end of file between others
@@ -54,7 +53,7 @@ class StepReader:
 
     def opened(self) -> None:
         """Remove the path once the engine has it open: nothing is left behind, however the worker ends."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        Path(self.path).unlink(missing_ok=True)
 
     def listen(self) -> None:
         """Read in the running event loop from now on."""

@@ -11,7 +11,7 @@ from coldsnap.errors import (
     EngineDead,
     InvalidInput,
     JobError,
-    ModelNotFound,
+    NotFound,
     Unavailable,
     Unprocessable,
 )
@@ -39,7 +39,7 @@ def ours(error: Exception, vllms: Mapping[str, Any]) -> ColdsnapError:
     if is_a("RetryableRequestError"):
         return Unavailable(text)
     if is_a("VLLMNotFoundError"):
-        return ModelNotFound(text, param="model")
+        return NotFound(text, param="model")
     if is_a("VLLMUnprocessableEntityError"):
         return Unprocessable(text, param=param)
     if is_a("VLLMValidationError") or is_a("VLLMClientError"):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from coldsnap.accounts import Accounts
     from coldsnap.energy import EnergyCounters
 
+_LOOK_SECONDS = 1.0
+"""How far apart a look is at whether the engine still lives, while its first answer is waited for."""
 _TEMPLATE_RESERVED = frozenset({
     "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -235,17 +237,29 @@ class VllmEngine:
             raise
 
     async def warm_up(self) -> None:
-        """See `Engine.warm_up`: one token, over the chat template if the model has one."""
+        """See `Engine.warm_up`: one token, over the chat template if the model has one.
+
+        vLLM tells nobody of an engine that has died before its first request, which would wait for ever.
+        """
         sampling = {"max_tokens": 1, "temperature": 0.0}
         if self._args.chat_template or getattr(self._llm.get_tokenizer(), "chat_template", None):
             request = Generation("warm-up", messages=[{"role": "user", "content": "a"}], sampling=sampling)
         else:
             request = Generation("warm-up", prompt="a", sampling=sampling)
-        try:
+
+        async def answer() -> None:
             async for _ in self.generate(request, Meter()):
                 pass
+
+        answered = asyncio.create_task(answer())
+        try:
+            while not (await asyncio.wait([answered], timeout=_LOOK_SECONDS))[0]:
+                self.check()
+            answered.result()
         except ColdsnapError as error:
             raise EngineBootError(f"the engine started but cannot answer: {error.message}") from error
+        finally:
+            answered.cancel()
 
     def usage(self) -> Usage:
         """See `Engine.usage`."""

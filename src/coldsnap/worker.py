@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from coldsnap import dispatch, local, post, vllm_engine
+from coldsnap import dispatch, local, post, processes, vllm_engine
 from coldsnap.background import Background
 from coldsnap.boot import Booted, boot
 from coldsnap.caches import Healing
@@ -212,8 +212,18 @@ def _run_local(booted: Booted, test_input: str) -> int:
     view = local.View(booted)
     failed: list[BootError] = []
 
+    async def watched() -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                booted.engine.check()
+            except ColdsnapError as error:
+                return jobs.stop(error)
+
     async def drained(job: dict[str, Any]) -> Any:
-        # The SDK's local mode never iterates a generator: it prints the object and calls it a success.
+        # The SDK's local mode never iterates a generator: it prints the object and calls it a success. And it takes
+        # SIGINT, for an end with exit code 0 and a traceback.
+        processes.end_at_signals()
         booted.timeline.mark("sdk")
         try:
             await booted.engine.warm_up()
@@ -223,7 +233,9 @@ def _run_local(booted: Booted, test_input: str) -> int:
         booted.timeline.mark("warm_up")
         cold_start = life.ready()
         view.begin(job)
+        watch = asyncio.create_task(watched())
         chunks = [view.chunk(chunk) async for chunk in jobs.handle(job)]
+        watch.cancel()
         view.end(chunks, cold_start, records, written=not sink.tally.unwritten)
         last = chunks[-1]
         return {"error": last["error"]} if isinstance(last, dict) and "error" in last else {"chunks": chunks}

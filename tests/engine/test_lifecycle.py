@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,28 @@ from coldsnap.snapshot import Quantization, Source, write_manifest
 from coldsnap.testing import ControlPlane, JobFailed
 
 from .conftest import Boot
-from .worker import CORPUS, EMOJI_ONLY, LONG, MANIFEST, MODEL, SNAPSHOT, STEADY, Ended, run_handler, text, took, user
+from .worker import (
+    BOOT_SECONDS,
+    CORPUS,
+    EMOJI_ONLY,
+    LONG,
+    MANIFEST,
+    MODEL,
+    ROOT,
+    SNAPSHOT,
+    STEADY,
+    Ended,
+    engine,
+    environment,
+    eventually,
+    group,
+    kill_group,
+    run_handler,
+    scratch,
+    text,
+    took,
+    user,
+)  # fmt: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -126,7 +149,53 @@ async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends
         assert worker.plane.violations == []
 
 
-# Boots that fail.
+@pytest.mark.parametrize("sight", ["Starting Serverless Worker", "prompt: "])
+async def test_an_engine_that_dies_before_or_during_the_job_of_a_terminal_ends_it_with_1(
+    home: Path, tmp_path: Path, sight: str
+) -> None:
+    job = {"input": {"prompt": QUESTION, "sampling_params": STEADY}}
+    stdout = tmp_path / "stdout"
+    with scratch() as temporary, stdout.open("wb") as out:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "handler.py", "--test_input", json.dumps(job), cwd=tmp_path,
+            env=environment(home, tmp_path / "ledger", TMPDIR=str(temporary)),
+            stdout=out, stderr=out, process_group=0,
+        )  # fmt: skip
+        try:
+            await eventually(lambda: sight in stdout.read_text("utf-8", "replace"), BOOT_SECONDS)
+            (core,) = engine(process.pid, "EngineCor")
+            os.kill(core, signal.SIGKILL)
+            async with asyncio.timeout(BOOT_SECONDS):
+                assert await process.wait() == 1
+        finally:
+            kill_group(process.pid)
+    said = stdout.read_text("utf-8", "replace")
+    assert "EngineDeadError" in said or "the engine started but cannot answer" in said
+
+
+# Boots that are cut short, or fail.
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_word(
+    home: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    with scratch() as temporary:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "handler.py", "--test_input", '{"input": {"prompt": "hi"}}', cwd=tmp_path,
+            env=environment(home, tmp_path / "ledger", TMPDIR=str(temporary)),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
+        )  # fmt: skip
+        await eventually(lambda: bool(list(temporary.glob("coldsnap-*"))), BOOT_SECONDS)  # the engine's pipe
+        os.killpg(process.pid, signum)  # as a terminal does
+        async with asyncio.timeout(BOOT_SECONDS):
+            out, err = await process.communicate()
+        assert (process.returncode, out, err) == (128 + signum, b"", b"")
+        await eventually(lambda: not group(process.pid), 5)
+        left = [path.name for path in temporary.iterdir() if not path.is_dir()]
+        assert [
+            name for name in left if not name.startswith("vllm_dist_")
+        ] == []  # that one is vLLM's, and unnamed to us
 
 
 async def refused(plane: ControlPlane, home: Path, cwd: Path, **environ: str) -> Ended:

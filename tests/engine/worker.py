@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Self
 
 import pytest
 
+from coldsnap.processes import children
 from coldsnap.snapshot import load_manifest
 from coldsnap.testing import ControlPlane, Gateway, Job, JobFailed, JobState
 
@@ -43,6 +45,13 @@ def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
     """Return all variables of a worker: nothing of the environment that the tests happen to run in."""
     kept = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
     return kept | {"COLDSNAP_LEDGER_DIR": str(ledger)} | more
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a worker's temporary files: one that is killed leaves some. A socket's path must be short."""
+    with tempfile.TemporaryDirectory(prefix="worker-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 class Stalls:
@@ -87,15 +96,17 @@ class Ended:
 async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) -> Ended:
     """Run `handler.py` to its end, in the folder `cwd`; its ledger goes to `cwd/ledger`."""
     begun = time.monotonic()
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, ROOT / "handler.py", *arguments, cwd=cwd, env=environment(home, cwd / "ledger", **environ),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(BOOT_SECONDS):
-            out, err = await process.communicate()
-    finally:
-        _kill_group(process.pid)
+    with scratch() as temporary:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, ROOT / "handler.py", *arguments, cwd=cwd,
+            env=environment(home, cwd / "ledger", TMPDIR=str(temporary), **environ),
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(BOOT_SECONDS):
+                out, err = await process.communicate()
+        finally:
+            kill_group(process.pid)
     assert process.returncode is not None
     return Ended(process.returncode, out.decode(), err.decode(), took(begun))
 
@@ -110,6 +121,8 @@ class Worker:
         self.spawned = 0.0
         """`time.time()` just before the process was started."""
         self.process: asyncio.subprocess.Process
+        self.scratch: Path
+        """Its folder for temporary files."""
         self._home = home
         self._environ = environ
         self._stack = contextlib.AsyncExitStack()
@@ -117,14 +130,16 @@ class Worker:
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.plane)
         await self._stack.enter_async_context(self.gateway)
-        env = environment(self._home, self.folder, **self.plane.environment(), **self._environ)
+        self.scratch = self._stack.enter_context(scratch())
+        own = {"TMPDIR": str(self.scratch), **self._environ}
+        env = environment(self._home, self.folder, **self.plane.environment(), **own)
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self.spawned = time.time()
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, ROOT / "handler.py", cwd=self.folder, env=env, stdout=out, stderr=err,
                 process_group=0,
             )  # fmt: skip
-        self._stack.callback(_kill_group, self.process.pid)
+        self._stack.callback(kill_group, self.process.pid)
         try:
             await self._until_it_takes_jobs()
         except BaseException:
@@ -218,14 +233,16 @@ class Worker:
     # Its processes.
 
     def engine(self, name: str) -> list[int]:
-        """Return the process ids of the engine's processes that vLLM calls `name`, cut to 15 characters."""
-        return [pid for pid in _descendants(self.process.pid) if f"VLLM::{name}" in _read(pid, "comm")]
+        return engine(self.process.pid, name)
 
     def core_cpu_seconds(self) -> float:
         """Return the processor time that the engine's core has used; its worker spins for a second after each step."""
         (core,) = self.engine("EngineCor")
-        fields = _read(core, "stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(core)
+
+    def front_cpu_seconds(self) -> float:
+        """Return the processor time that the process with the event loop has used, in all its threads."""
+        return _cpu_seconds(self.process.pid)
 
 
 def user(content: str) -> dict[str, str]:
@@ -265,17 +282,25 @@ def group(leader: int) -> list[int]:
     return found
 
 
-def _kill_group(leader: int) -> None:
+def kill_group(leader: int) -> None:
     for pid in group(leader):  # the SDK's ping process outlives a worker that is killed
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _descendants(pid: int) -> Iterator[int]:
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield int(child)
-            yield from _descendants(int(child))
+def engine(pid: int, name: str) -> list[int]:
+    """Return the engine's processes below `pid` that vLLM calls `name`, cut to 15 characters."""
+    found = []
+    for child in children(pid):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"VLLM::{name}" in _read(child, "comm"):
+                found.append(child)
+    return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _read(pid: int, name: str) -> str:

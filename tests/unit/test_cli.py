@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -52,6 +54,41 @@ def test_wrong_usage_is_exit_code_2(
     assert "usage: coldsnap" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--nme", "unrecognized argument --nme; did you mean --name?"),
+        ("--nam3=x", "unrecognized argument --nam3; did you mean --name?"),
+        ("--loud", "unrecognized argument --loud"),
+    ],
+)
+def test_an_option_misspelt_is_answered_with_the_nearest(
+    greeting: Greeting, option: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["greet", "--name", "a", option])
+    assert capsys.readouterr().err.endswith(f"coldsnap greet: error: {words}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--calibrate-samples", "0"), "argument --calibrate-samples: expected a whole number above 0, found '0'"),
+        (("--gate-tokens", "many"), "argument --gate-tokens: expected a whole number above 0, found 'many'"),
+        (("--max-kl", "nan"), "argument --max-kl: expected a number of at least 0, found 'nan'"),
+        (("--max-ppl-ratio=-1",), "argument --max-ppl-ratio: expected a number of at least 0, found '-1'"),
+    ],
+    ids=str,
+)
+def test_a_number_of_a_bake_that_is_none_is_named(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bake", "org/model", *arguments])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_help_lists_the_commands_without_importing_them(greeting: Greeting, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
@@ -66,6 +103,23 @@ def test_an_error_is_one_line_and_exit_code_1(
     greeting.raises = error
     assert cli.main(["greet", "--name", "a"]) == 1
     assert capsys.readouterr().err == "coldsnap: a: wrong\n"
+
+
+def test_a_disk_that_fails_is_one_line(greeting: Greeting, capsys: pytest.CaptureFixture[str]) -> None:
+    greeting.raises = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
+    assert cli.main(["greet", "--name", "a"]) == 1
+    assert capsys.readouterr().err == "coldsnap: [Errno 28] No space left on device: '/tmp/x'\n"
+
+
+def test_a_tool_that_is_not_installed_is_named(greeting: Greeting, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["other"]) == 1
+    assert capsys.readouterr().err.startswith("coldsnap: coldsnap other needs not, which is not here; scripts/setup.sh")
+
+
+def test_a_module_of_ours_that_is_missing_is_no_users_error(greeting: Greeting) -> None:
+    greeting.raises = ModuleNotFoundError("No module named 'coldsnap.x'", name="coldsnap.x")
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["greet", "--name", "a"])
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:

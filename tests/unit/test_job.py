@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest
-from coldsnap.errors import ColdsnapError, Draining, EngineDead, InvalidInput, ModelNotFound, RouteRefused
+from coldsnap.errors import ColdsnapError, Draining, EngineDead, InvalidInput, NotFound, RouteRefused
 from coldsnap.job import Chunk, Jobs, _join, _whole_events
 from coldsnap.records import Sink
 from coldsnap.request import Http, Native, parse
@@ -203,7 +203,7 @@ class TestBadInput:
     @pytest.mark.parametrize("model", ["", "gpt-4", "demo ", "Demo", "../demo"])
     def test_an_unknown_model_is_named_with_those_served(self, model: str) -> None:
         error = refusal({"prompt": "Hi", "model": model})
-        assert isinstance(error, ModelNotFound)
+        assert isinstance(error, NotFound)
         assert (error.param, error.status) == ("model", 404)
         assert error.message == f"model: {model!r} is not served here; served: demo, alias"
 

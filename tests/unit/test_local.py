@@ -82,6 +82,17 @@ class TestInput:
             read()
         assert raised.value.message.startswith(f"{here / 'test_input.json'}: expected JSON")
 
+    @pytest.mark.parametrize("argv", [["--test-input", JOB], ["--test_imput", JOB], [JOB], ["-v"]])
+    def test_an_argument_that_is_none_does_not_run_another_job(self, argv: list[str]) -> None:
+        with pytest.raises(SettingsError) as raised:
+            read(*argv)
+        assert raised.value.message.startswith(f"{argv[0]}: unknown argument; expected --test_input '{{")
+
+    def test_a_file_that_cannot_be_read_is_named(self, here: Path) -> None:
+        (here / "test_input.json").symlink_to("/proc/self/mem")  # also root cannot
+        with pytest.raises(SettingsError, match=r"test_input\.json: cannot be read \(Input/output error\)$"):
+            read()
+
     def test_what_is_wrong_inside_the_input_is_the_jobs_business(self) -> None:
         assert read("--test_input", '{"input": null}') == '{"input": null}'
 

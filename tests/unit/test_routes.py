@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coldsnap import routes
-from coldsnap.errors import InvalidInput, MethodNotAllowed, RouteNotFound, RouteRefused
+from coldsnap.errors import InvalidInput, MethodNotAllowed, NotFound, RouteRefused
 
 _DECLARED = re.compile(
     r'(?:@\w*(?:router|app)\.(?:get|post|put|delete|patch|websocket)|add_api_route|Mount|\.mount)\(\s*"(/[^"]*)"'
@@ -111,7 +111,7 @@ def test_the_allow_list_names_nothing_that_vllm_has_not() -> None:
 )
 def test_a_path_that_is_nearly_one_is_not_known(path: str) -> None:
     for method in METHODS:
-        with pytest.raises(RouteNotFound) as raised:
+        with pytest.raises(NotFound) as raised:
             routes.check(path, method)
         assert raised.value.param == "route"
         assert "/v1/chat/completions" in raised.value.message

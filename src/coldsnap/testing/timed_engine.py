@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from coldsnap.accounts import Accounts
 from coldsnap.boot import Booted
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
-from coldsnap.errors import InvalidInput, RouteNotFound, SettingsError
+from coldsnap.errors import InvalidInput, NotFound, SettingsError
 from coldsnap.ledger import Ledger
 from coldsnap.settings import Settings
 from coldsnap.step_meter import StepMeter
@@ -243,7 +243,7 @@ class TimedEngine:
 
     def http(self, request: HttpRequest, meter: Meter) -> AbstractAsyncContextManager[HttpResponse]:  # noqa: ARG002
         """Refuse: it has no HTTP application."""
-        raise RouteNotFound(f"{request.path}: a timed engine serves native jobs only", param="route")
+        raise NotFound(f"{request.path}: a timed engine serves native jobs only", param="route")
 
     async def warm_up(self) -> None:
         """Make one token."""

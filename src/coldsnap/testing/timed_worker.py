@@ -9,7 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if __name__ == "__main__":
-    from coldsnap.processes import leave
+    from coldsnap.processes import end_at_signals, leave
+
+    end_at_signals()
     from coldsnap.testing import timed_engine
     from coldsnap.worker import main
 
