@@ -24,13 +24,17 @@ from serving import KEY, ROOT, Serve, until
 
 from coldsnap.errors import Refused, ServeError
 from coldsnap.platform.boots import reason
+from coldsnap.platform.api import Api
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
+from coldsnap.platform.fleet import Fleet
 from coldsnap.platform.gateway import _Events
 from coldsnap.platform.job import Job, JobState, Terms
 from coldsnap.platform.scaler import Scaling
+from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
 from coldsnap.platform.submission import Submission
+from coldsnap.platform.throttle import Rate, Throttle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -621,6 +625,44 @@ async def test_counts_of_jobs_outlive_the_process(tmp_path: Path) -> None:
         assert endpoint.plane.counts == before
         endpoint.plane.cancel(failed.id)
         assert endpoint.plane.counts["CANCELLED"] == 3
+
+
+async def test_a_stream_counts_as_a_request_until_its_end(tmp_path: Path) -> None:
+    throttle = Throttle({"openai": Rate(100, 1)})
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v2/local/openai/v1/completions"
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(keeping(tmp_path / "db"))
+        fleet = Fleet(endpoint, tmp_path / "handler.py", {}, tmp_path, print)
+        await stack.enter_async_context(served(Api(endpoint, fleet, KEY, throttle).application(), listener))
+        wait, headers = aiohttp.ClientTimeout(total=20), {"Authorization": f"Bearer {KEY}"}
+        http = await stack.enter_async_context(aiohttp.ClientSession(headers=headers, timeout=wait))
+        worker = endpoint.plane.see("w")
+
+        async def began() -> Job:
+            await until(lambda: len(endpoint.plane.queue) == 1)
+            (job,) = endpoint.plane.take(worker, 1)
+            job.add_chunk("data: 1\n\n")
+            return job
+
+        for ends in (True, False):
+            asking = asyncio.create_task(http.post(url, json={"stream": True}))
+            job = await began()
+            async with await asking as first:
+                assert await first.content.readline() == b"data: 1\n"
+                async with http.post(url, json={"stream": True}) as second:
+                    assert (second.status, second.headers["Retry-After"]) == (429, "1")
+                    assert "/openai takes 1 requests at the same time" in await second.text()
+                if ends:
+                    endpoint.plane.end(job, JobState.COMPLETED)
+                    assert await first.read() == b"\n"
+                else:
+                    first.close()  # its client goes away
+            await until(lambda job=job: job.done)
+        asking = asyncio.create_task(http.post(url, json={}))
+        endpoint.plane.end(await began(), JobState.COMPLETED, output=["{}"])
+        async with await asking as last:
+            assert last.status == 200
 
 
 async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
