@@ -446,6 +446,28 @@ async def test_a_worker_that_runs_goes_on_while_others_do_not_boot(tmp_path: Pat
         assert (health["unhealthy"], health["ready"]) == (1, 1)
 
 
+async def test_of_boots_that_failed_the_newest_logs_are_kept(tmp_path: Path) -> None:
+    logs, said = tmp_path / "workers", []
+    logs.mkdir()
+    for number in range(1, 31):
+        (logs / f"worker-{number}.log").touch()
+        os.utime(logs / f"worker-{number}.log", (number, number))
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no model here')")
+    async with keeping(tmp_path / "db") as endpoint:
+        fleet = Fleet(endpoint, broken, os.environ, logs, said.append)
+        endpoint.stopping = True
+        await fleet.run()
+        kept = {log.name for log in logs.iterdir()}
+        assert kept == {f"worker-{number}.log" for number in range(21, 31)}
+        endpoint.stopping = False
+        for _ in range(12):
+            await fleet._start()
+        await asyncio.gather(*fleet._watches)
+    assert len({log.name for log in logs.iterdir()} - kept) == 10
+    assert "12 boots in a row failed, the last with: no model here" in said[-1]
+
+
 async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     cases = {
@@ -457,6 +479,7 @@ async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: 
     for text, expected in cases.items():
         log.write_bytes(text)
         assert reason(log) == expected
+    assert reason(tmp_path / "removed") is None
 
 
 async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from coldsnap.platform.boots import Boots, reason, tail
+from coldsnap.platform.boots import Boots, prune, reason, tail
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.scaler import wanted
@@ -82,6 +82,7 @@ class Fleet:
 
     async def run(self) -> None:
         """Keep as many workers as are wanted, until the endpoint stops. Cancelled, it could lose one that starts."""
+        prune(list(self._logs.glob("worker-*.log")))  # of earlier lives
         while not self._endpoint.stopping:
             self._look()
             await self._scale()
@@ -199,6 +200,7 @@ class Fleet:
         if worker.ready is None:
             self._endpoint.boot_failed((None if worker.overdue else reason(worker.log)) or f"{worker.id} {how}")
             self._missing += 1  # until the next look
+            prune([each.log for each in self.past if each.ready is None])
         if worker.ready is not None or self._boots.trouble is None:
             end = "\n".join(f"    {line}" for line in tail(worker.log))
             self._say(f"{worker.id} {how}; the end of its log:\n{end}")
