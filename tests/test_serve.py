@@ -468,6 +468,21 @@ async def test_of_boots_that_failed_the_newest_logs_are_kept(tmp_path: Path) -> 
     assert "12 boots in a row failed, the last with: no model here" in said[-1]
 
 
+async def test_a_worker_that_ends_on_a_full_disk_and_can_say_nothing_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, said = tmp_path / "silent.py", []
+    silent.write_text("raise SystemExit(1)")
+    monkeypatch.setattr("coldsnap.platform.fleet._LOG_ROOM", float("inf"))
+    async with keeping(tmp_path / "db") as endpoint:
+        fleet = Fleet(endpoint, silent, os.environ, tmp_path / "logs", said.append)
+        await fleet._start()
+        await asyncio.gather(*fleet._watches)
+    why = rf"worker-1 ended with exit code 1, and the disk of its log, {tmp_path}/logs, has \d+ bytes left"
+    assert re.fullmatch(f"{why}; its log is empty", said[-1])
+    assert re.fullmatch(why, endpoint.boots.why)
+
+
 async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     cases = {
@@ -521,6 +536,12 @@ def newer(path: Path) -> None:
         database.execute("PRAGMA user_version = 99")
 
 
+def of_another_release(path: Path) -> None:
+    with Store(path, print) as store:
+        store.add(Job("one", 0, b"{}"))
+        store._db.execute("""UPDATE job SET terms = '{"colour": 1}'""")
+
+
 def damaged(path: Path) -> None:
     with Store(path, print) as store:
         for number in range(50):
@@ -535,6 +556,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign": (foreign, "the database of another program; name another file"),
     "newer": (newer, "made by a newer coldsnap; name another file"),
     "damaged": (damaged, "the file is damaged"),
+    "of another release": (of_another_release, "job one cannot be read (Terms.__init__() got an unexpected keyword"),
     "a folder": (Path.mkdir, "that is not a file; name one, which need not be there"),
     "below a file": (lambda path: path.parent.touch(), "cannot be used: {parent}: File exists"),
 }
@@ -548,8 +570,8 @@ async def test_a_state_file_that_is_none_is_said_and_left_as_it_is(tmp_path: Pat
         path.parent.mkdir()
     make(path)
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(ServeError) as refused:
-        Store(path, print)
+    with pytest.raises(ServeError) as refused, Store(path, print) as store:
+        store.jobs()
     assert str(refused.value).startswith(f"--state {path}: {why.format(parent=path.parent)}")
     assert before == (path.read_bytes() if path.is_file() else None)
 
