@@ -21,10 +21,11 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from PIL import Image
-from playwright.async_api import Browser, ViewportSize, async_playwright
+from playwright.async_api import Browser, Page, ViewportSize, async_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "rpa_picture"
@@ -41,7 +42,7 @@ FLAGS = (
 VIEWS: dict[str, tuple[ViewportSize, str]] = {
     "": ({"width": 1440, "height": 1120}, "light"),
     "-dark": ({"width": 1440, "height": 1120}, "dark"),
-    "-narrow": ({"width": 375, "height": 1500}, "light"),
+    "-narrow": ({"width": 400, "height": 900}, "light"),
 }
 NICE = "10"
 """Of the endpoint: two engines on two cores leave a browser so little that its screenshot times out."""
@@ -95,6 +96,14 @@ async def load(base: str, streams: int) -> None:
         await asyncio.gather(*(client(http) for _ in range(streams)))
 
 
+async def cut(page: Page, size: ViewportSize) -> dict[str, Any]:
+    """Return what a picture is to hold: whole rows of the table; all of a page on which they come last."""
+    await page.evaluate("scrollTo(0, 0)")
+    ends = await page.locator("#rows tr").evaluate_all("rows => rows.map(row => row.getBoundingClientRect().bottom)")
+    whole = [end for end in ends if end <= size["height"]]
+    return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": whole[-1]}} if whole else {"full_page": True}
+
+
 async def photograph(browser: Browser, address: str, view: tuple[ViewportSize, str], seconds: float) -> bytes:
     """Open the page, look on for a while, chat, and return what it looks like."""
     size, scheme = view
@@ -106,7 +115,7 @@ async def photograph(browser: Browser, address: str, view: tuple[ViewportSize, s
     await page.press("#message", "Enter")
     await page.locator("#talk .cost", has_text="GPU-s").wait_for()
     await page.wait_for_timeout(2000)
-    picture = await page.screenshot(timeout=60_000)
+    picture = await page.screenshot(timeout=60_000, **await cut(page, size))
     await page.close()
     return picture
 

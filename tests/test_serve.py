@@ -24,13 +24,17 @@ from serving import KEY, ROOT, Serve, until
 
 from coldsnap.errors import Refused, ServeError
 from coldsnap.platform.boots import reason
+from coldsnap.platform.api import Api
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
+from coldsnap.platform.fleet import Fleet
 from coldsnap.platform.gateway import _Events
 from coldsnap.platform.job import Job, JobState, Terms
 from coldsnap.platform.scaler import Scaling
+from coldsnap.platform.server import served
 from coldsnap.platform.store import Store
 from coldsnap.platform.submission import Submission
+from coldsnap.platform.throttle import Rate, Throttle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -442,6 +446,43 @@ async def test_a_worker_that_runs_goes_on_while_others_do_not_boot(tmp_path: Pat
         assert (health["unhealthy"], health["ready"]) == (1, 1)
 
 
+async def test_of_boots_that_failed_the_newest_logs_are_kept(tmp_path: Path) -> None:
+    logs, said = tmp_path / "workers", []
+    logs.mkdir()
+    for number in range(1, 31):
+        (logs / f"worker-{number}.log").touch()
+        os.utime(logs / f"worker-{number}.log", (number, number))
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no model here')")
+    async with keeping(tmp_path / "db") as endpoint:
+        fleet = Fleet(endpoint, broken, os.environ, logs, said.append)
+        endpoint.stopping = True
+        await fleet.run()
+        kept = {log.name for log in logs.iterdir()}
+        assert kept == {f"worker-{number}.log" for number in range(21, 31)}
+        endpoint.stopping = False
+        for _ in range(12):
+            await fleet._start()
+        await asyncio.gather(*fleet._watches)
+    assert len({log.name for log in logs.iterdir()} - kept) == 10
+    assert "12 boots in a row failed, the last with: no model here" in said[-1]
+
+
+async def test_a_worker_that_ends_on_a_full_disk_and_can_say_nothing_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, said = tmp_path / "silent.py", []
+    silent.write_text("raise SystemExit(1)")
+    monkeypatch.setattr("coldsnap.platform.fleet._LOG_ROOM", float("inf"))
+    async with keeping(tmp_path / "db") as endpoint:
+        fleet = Fleet(endpoint, silent, os.environ, tmp_path / "logs", said.append)
+        await fleet._start()
+        await asyncio.gather(*fleet._watches)
+    why = rf"worker-1 ended with exit code 1, and the disk of its log, {tmp_path}/logs, has \d+ bytes left"
+    assert re.fullmatch(f"{why}; its log is empty", said[-1])
+    assert re.fullmatch(why, endpoint.boots.why)
+
+
 async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     cases = {
@@ -453,6 +494,7 @@ async def test_a_worker_s_reason_is_its_own_sentence_or_its_last_line(tmp_path: 
     for text, expected in cases.items():
         log.write_bytes(text)
         assert reason(log) == expected
+    assert reason(tmp_path / "removed") is None
 
 
 async def test_wrong_options_are_one_line(tmp_path: Path, serve: Serve) -> None:
@@ -494,6 +536,12 @@ def newer(path: Path) -> None:
         database.execute("PRAGMA user_version = 99")
 
 
+def of_another_release(path: Path) -> None:
+    with Store(path, print) as store:
+        store.add(Job("one", 0, b"{}"))
+        store._db.execute("""UPDATE job SET terms = '{"colour": 1}'""")
+
+
 def damaged(path: Path) -> None:
     with Store(path, print) as store:
         for number in range(50):
@@ -508,6 +556,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign": (foreign, "the database of another program; name another file"),
     "newer": (newer, "made by a newer coldsnap; name another file"),
     "damaged": (damaged, "the file is damaged"),
+    "of another release": (of_another_release, "job one cannot be read (Terms.__init__() got an unexpected keyword"),
     "a folder": (Path.mkdir, "that is not a file; name one, which need not be there"),
     "below a file": (lambda path: path.parent.touch(), "cannot be used: {parent}: File exists"),
 }
@@ -521,8 +570,8 @@ async def test_a_state_file_that_is_none_is_said_and_left_as_it_is(tmp_path: Pat
         path.parent.mkdir()
     make(path)
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(ServeError) as refused:
-        Store(path, print)
+    with pytest.raises(ServeError) as refused, Store(path, print) as store:
+        store.jobs()
     assert str(refused.value).startswith(f"--state {path}: {why.format(parent=path.parent)}")
     assert before == (path.read_bytes() if path.is_file() else None)
 
@@ -621,6 +670,44 @@ async def test_counts_of_jobs_outlive_the_process(tmp_path: Path) -> None:
         assert endpoint.plane.counts == before
         endpoint.plane.cancel(failed.id)
         assert endpoint.plane.counts["CANCELLED"] == 3
+
+
+async def test_a_stream_counts_as_a_request_until_its_end(tmp_path: Path) -> None:
+    throttle = Throttle({"openai": Rate(100, 1)})
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v2/local/openai/v1/completions"
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(keeping(tmp_path / "db"))
+        fleet = Fleet(endpoint, tmp_path / "handler.py", {}, tmp_path, print)
+        await stack.enter_async_context(served(Api(endpoint, fleet, KEY, throttle).application(), listener))
+        wait, headers = aiohttp.ClientTimeout(total=20), {"Authorization": f"Bearer {KEY}"}
+        http = await stack.enter_async_context(aiohttp.ClientSession(headers=headers, timeout=wait))
+        worker = endpoint.plane.see("w")
+
+        async def began() -> Job:
+            await until(lambda: len(endpoint.plane.queue) == 1)
+            (job,) = endpoint.plane.take(worker, 1)
+            job.add_chunk("data: 1\n\n")
+            return job
+
+        for ends in (True, False):
+            asking = asyncio.create_task(http.post(url, json={"stream": True}))
+            job = await began()
+            async with await asking as first:
+                assert await first.content.readline() == b"data: 1\n"
+                async with http.post(url, json={"stream": True}) as second:
+                    assert (second.status, second.headers["Retry-After"]) == (429, "1")
+                    assert "/openai takes 1 requests at the same time" in await second.text()
+                if ends:
+                    endpoint.plane.end(job, JobState.COMPLETED)
+                    assert await first.read() == b"\n"
+                else:
+                    first.close()  # its client goes away
+            await until(lambda job=job: job.done)
+        asking = asyncio.create_task(http.post(url, json={}))
+        endpoint.plane.end(await began(), JobState.COMPLETED, output=["{}"])
+        async with await asking as last:
+            assert last.status == 200
 
 
 async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:

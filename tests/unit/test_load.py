@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -440,3 +441,5 @@ def test_a_page_needs_nothing_from_elsewhere_and_escapes_what_a_server_said() ->
     assert "http://h/v1" in text
     assert "src=" not in text
     assert "url(http" not in text
+    for drawn in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert re.findall(r"#[0-9a-f]{6}\b", drawn) == []  # a colour that does not follow light and dark

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coldsnap.errors import Refused
+from coldsnap.errors import Refused, ServeError
 from coldsnap.platform import throttle
 from coldsnap.platform.job import RUN, Job, JobState, Terms
 from coldsnap.platform.scaler import Load, Scaling, wanted
@@ -113,4 +113,6 @@ def test_a_change_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         store.note(Job("one", 0, b"{}"))
         store.forget(Job("one", 0, b"{}"))
         store.count("COMPLETED", 1)
+        with pytest.raises(ServeError, match=r"--state .*db: cannot be used: attempt to write a readonly database"):
+            store.kept("key", lambda: "made")
     assert [line.split(" ")[0] for line in said] == ["one", "one", "COMPLETED:"]

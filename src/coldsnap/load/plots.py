@@ -36,7 +36,7 @@ def spreads(outcomes: Sequence[Outcome]) -> str:
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("milliseconds")
         axes.set_ylabel("requests that took no longer")
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
         return svg(drawing, "spreads", "Requests by how long they took")
 
 
@@ -48,7 +48,7 @@ def over_time(outcomes: Sequence[Outcome]) -> str:
         shown = [(each.due, each.ttft * 1e3) for each in outcomes[::step] if each.error is None and each.ttft]
         if shown:
             due, ttft = zip(*shown, strict=True)
-            axes.scatter(due, ttft, s=9, color=ACCENT, alpha=0.45, linewidths=0, label="TTFT")
+            axes.scatter(due, ttft, s=9, color=ACCENT, alpha=0.6, linewidths=0, label="TTFT")
         if failed := [each.due for each in outcomes if each.error is not None]:
             floor = min((value for _, value in shown), default=1.0) / 2
             axes.scatter(failed, [floor] * len(failed), s=14, color=SECOND, marker="x", linewidths=1, label="failed")

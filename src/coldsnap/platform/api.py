@@ -5,6 +5,7 @@ A refusal is `{"error": "…"}` with its status; before the OpenAI routes it has
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from coldsnap.errors import Refused
 from coldsnap.platform import gateway
@@ -34,6 +36,18 @@ _READ_AT_MOST = 100_000_000
 """Bytes of a body that is refused: above this its connection breaks."""
 
 Operation = Callable[[Request], Awaitable[Response]]
+
+
+class _Counted:
+    """A route whose request counts, as the platform's limits do, until the last byte of its answer: streams too."""
+
+    def __init__(self, answer: Callable[[Request, contextlib.ExitStack], Awaitable[Response]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.ExitStack() as counted:
+            response = await self._answer(Request(scope, receive, send), counted)
+            await response(scope, receive, send)
 
 
 class Api:
@@ -63,17 +77,17 @@ class Api:
         return Starlette(routes=[*routes, *more], exception_handlers={HTTPException: _no_route})
 
     def _route(self, name: str, operation: Operation, *methods: str, path: str = "") -> Route:
-        async def answer(request: Request) -> Response:
+        async def answer(request: Request, counted: contextlib.ExitStack) -> Response:
             try:
                 self._admit(request)
-                with self._throttle.admitted(name):
-                    return await operation(request)
+                counted.enter_context(self._throttle.admitted(name))
+                return await operation(request)
             except Refused as refused:
                 return _refusal(refused, openai=name == "openai")
             except ClientDisconnect:
                 return Response(status_code=499)  # nobody reads it
 
-        return Route(f"/v2/{{endpoint}}/{name}{path}", answer, methods=list(methods))
+        return Route(f"/v2/{{endpoint}}/{name}{path}", _Counted(answer), methods=list(methods))
 
     def authorize(self, request: Request) -> None:
         """Refuse a request without the key."""

@@ -6,7 +6,9 @@ double up to half a minute: whoever mends the cause sits before it.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ _LONGEST_PAUSE = 30.0
 _SAYS = "coldsnap: "
 """Before what a worker itself says of its end; see `errors.BootError`."""
 _LOG_END = 10_000
+_LOGS_KEPT = 10
 
 
 @dataclass(slots=True)
@@ -50,11 +53,21 @@ class Boots:
         self._not_before = time.monotonic() + min(2.0 ** (self.failed - 1), _LONGEST_PAUSE)
 
 
+def prune(logs: Collection[Path]) -> None:
+    """Delete all but the newest of these logs: boots that fail all night would fill the disk."""
+    with contextlib.suppress(OSError):  # who took them away, or the right to, has seen to it
+        for log in sorted(filter(Path.is_file, logs), key=lambda log: log.stat().st_mtime_ns)[:-_LOGS_KEPT]:
+            log.unlink()
+
+
 def tail(log: Path, lines: int = 5) -> list[str]:
-    """Return the last lines of a worker's log that are not empty."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _LOG_END))
-        text = file.read().decode(errors="replace")
+    """Return the last lines of a worker's log that are not empty; none of one that somebody removed."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_END))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
     return [line for line in text.splitlines() if line.strip()][-lines:]
 
 

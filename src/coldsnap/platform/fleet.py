@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from coldsnap.platform.boots import Boots, reason, tail
+from coldsnap.platform.boots import Boots, prune, reason, tail
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint
 from coldsnap.platform.scaler import wanted
@@ -36,6 +37,8 @@ _STOP_SECONDS = 45.0
 """From SIGTERM to SIGKILL for a worker that is not needed any more: DRAIN_SECONDS and some."""
 _LAST_POSTS_SECONDS = 0.2
 """What a worker sent just before its end is read first."""
+_LOG_ROOM = 100_000
+"""Bytes on a disk, below which a worker may have ended because it could not write its log."""
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -82,6 +85,7 @@ class Fleet:
 
     async def run(self) -> None:
         """Keep as many workers as are wanted, until the endpoint stops. Cancelled, it could lose one that starts."""
+        prune(list(self._logs.glob("worker-*.log")))  # of earlier lives
         while not self._endpoint.stopping:
             self._look()
             await self._scale()
@@ -196,12 +200,16 @@ class Fleet:
             return
         if worker.overdue:
             how = f"took no jobs within {_BOOT_SECONDS:g} s and was killed"
+        else:
+            how += _no_room(self._logs)
         if worker.ready is None:
-            self._endpoint.boot_failed((None if worker.overdue else reason(worker.log)) or f"{worker.id} {how}")
+            known = None if worker.overdue else reason(worker.log)
+            self._endpoint.boot_failed(known or f"{worker.id} {how}")
             self._missing += 1  # until the next look
+            prune([each.log for each in self.past if each.ready is None])
         if worker.ready is not None or self._boots.trouble is None:
-            end = "\n".join(f"    {line}" for line in tail(worker.log))
-            self._say(f"{worker.id} {how}; the end of its log:\n{end}")
+            end = "".join(f"\n    {line}" for line in tail(worker.log))
+            self._say(f"{worker.id} {how}; " + (f"the end of its log:{end}" if end else "its log is empty"))
         else:
             waiting = len(self._plane.queue)
             kept = f"; waiting for one: {plural(waiting, 'job')}" if waiting else ""
@@ -219,6 +227,15 @@ class Fleet:
     def _kill_if_there(self, worker: WorkerProcess) -> None:
         if worker.id in self.workers:
             _kill_group(worker.process.pid)
+
+
+def _no_room(logs: Path) -> str:
+    """Return what to add where a worker ended: the SDK does when it cannot print, and cannot say so."""
+    with contextlib.suppress(OSError):  # the folder was removed
+        free = shutil.disk_usage(logs).free
+        if free < _LOG_ROOM:
+            return f", and the disk of its log, {logs}, has {free} bytes left"
+    return ""
 
 
 _libc = ctypes.CDLL(None)

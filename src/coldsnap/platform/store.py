@@ -86,13 +86,25 @@ class Store:
 
     def kept(self, name: str, make: Callable[[], str]) -> str:
         """Return a word that is made once for this file."""
-        self._db.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, make()))
-        (value,) = self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone()
-        return str(value)
+        if found := self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone():
+            return str(found["value"])
+        value = make()
+        try:
+            self._db.execute("INSERT INTO about VALUES (?, ?)", (name, value))
+        except sqlite3.Error as error:
+            raise ServeError(f"--state {self._path}: {_why(error)}") from error
+        return value
 
     def jobs(self) -> list[Job]:
         """Return the jobs of the process before, oldest first."""
-        return [_job(row) for row in self._db.execute("SELECT * FROM job ORDER BY number")]
+        jobs = []
+        for row in self._db.execute("SELECT * FROM job ORDER BY number"):
+            try:
+                jobs.append(_job(row))
+            except (TypeError, ValueError, KeyError) as error:
+                message = f"job {row['id']} cannot be read ({error}): damaged, or another release's; name another file"
+                raise ServeError(f"--state {self._path}: {message}") from error
+        return jobs
 
     def add(self, job: Job) -> None:
         """See `board.Journal`."""

@@ -185,7 +185,7 @@ def figure(height: float) -> tuple[Figure, Axes]:
     drawing = Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.0, h_pad=0.02))
     drawing.patch.set_visible(False)
     axes = drawing.add_subplot()
-    axes.patch.set_visible(False)
+    axes.set_facecolor("none")  # beside a second y axis matplotlib shows a hidden patch again
     return drawing, axes
 
 
