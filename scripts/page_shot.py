@@ -1,6 +1,7 @@
 """Photographs the page of `coldsnap serve` under load: two workers, streamed requests all the time, a chat.
 
     python scripts/page_shot.py [--out docs/serve.png] [--streams 30] [--seconds 20]
+    python scripts/page_shot.py --page plan.html --out docs/plan.png     # a page that `coldsnap plan` or `bench` wrote
 
 Needs Chromium (scripts/desk_tools.sh). Beside the picture, in light, it writes `-dark` and `-narrow` with --all.
 """
@@ -43,6 +44,12 @@ VIEWS: dict[str, tuple[ViewportSize, str]] = {
     "-dark": ({"width": 1440, "height": 1120}, "dark"),
     "-narrow": ({"width": 375, "height": 1500}, "light"),
 }
+WHOLE: dict[str, tuple[ViewportSize, str]] = {
+    "": ({"width": 1000, "height": 800}, "light"),
+    "-dark": ({"width": 1000, "height": 800}, "dark"),
+    "-narrow": ({"width": 400, "height": 800}, "light"),
+}
+"""Of a page in a file, from top to bottom."""
 NICE = "10"
 """Of the endpoint: two engines on two cores leave a browser so little that its screenshot times out."""
 
@@ -100,6 +107,8 @@ async def photograph(browser: Browser, address: str, view: tuple[ViewportSize, s
     size, scheme = view
     page = await browser.new_page(viewport=size, color_scheme="dark" if scheme == "dark" else "light")
     await page.goto(address)
+    if address.startswith("file:"):
+        return await page.screenshot(full_page=True)
     await page.wait_for_selector("#rows tr")
     await page.wait_for_timeout(1000 * seconds)
     await page.fill("#message", "What is a cold start?")
@@ -118,29 +127,45 @@ def write(picture: bytes, path: Path) -> None:
     print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
-async def main(out: Path, streams: int, seconds: float, *, every: bool) -> None:
-    browser_path = shutil.which("chromium")
-    if browser_path is None:
-        sys.exit("chromium is missing: scripts/desk_tools.sh")
+@asynccontextmanager
+async def under_load(streams: int) -> AsyncIterator[str]:
+    """Run an endpoint that is asked all the time; give its page's address."""
     with tempfile.TemporaryDirectory() as folder:
-        async with serving(Path(folder), "--workers", "2") as address, async_playwright() as playwright:
-            base = address.partition("/#")[0]
-            traffic = asyncio.create_task(load(base, streams))
-            browser = await playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        async with serving(Path(folder), "--workers", "2") as address:
+            traffic = asyncio.create_task(load(address.partition("/#")[0], streams))
             try:
-                for name, view in VIEWS.items() if every else [("", VIEWS[""])]:
-                    write(await photograph(browser, address, view, seconds), out.with_stem(out.stem + name))
+                yield address
             finally:
-                await browser.close()
                 traffic.cancel()
                 await asyncio.wait({traffic})
 
 
+@asynccontextmanager
+async def in_file(path: Path) -> AsyncIterator[str]:
+    """Give the address of a page that is there."""
+    yield path.resolve(strict=True).as_uri()
+
+
+async def main(page: Path | None, out: Path, streams: int, seconds: float, *, every: bool) -> None:
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        sys.exit("chromium is missing: scripts/desk_tools.sh")
+    views = VIEWS if page is None else WHOLE
+    async with under_load(streams) if page is None else in_file(page) as address, async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        try:
+            for name, view in views.items() if every else [("", views[""])]:
+                write(await photograph(browser, address, view, seconds), out.with_stem(out.stem + name))
+        finally:
+            await browser.close()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--page", type=Path, help="one in a file, instead")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "serve.png")
     parser.add_argument("--streams", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=20.0, help="that a page is open before its picture")
     parser.add_argument("--all", action="store_true", help="also in dark and narrow")
     given = parser.parse_args()
-    asyncio.run(main(given.out, given.streams, given.seconds, every=given.all))
+    asyncio.run(main(given.page, given.out, given.streams, given.seconds, every=given.all))

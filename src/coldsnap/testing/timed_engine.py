@@ -5,7 +5,8 @@ one machine do not slow each other. Requests are batched as vLLM's scheduler doe
 that wait, within `max_num_seqs` and `max_num_batched_tokens`, a long prompt in parts. What is not fake: the steps are
 metered by `step_meter` and charged by the ledger like vLLM's.
 
-What it does not know: a tokenizer (a word is a token), OpenAI routes, a cache of keys and values that gets full.
+What it does not know: a tokenizer (a word is a token), sampling beyond `max_tokens`, OpenAI routes, a cache of keys and
+values that gets full.
 """
 
 from __future__ import annotations
@@ -204,23 +205,27 @@ class TimedEngine:
         limits = Limits(timing.max_num_seqs, timing.max_num_batched_tokens, None)
         self.info = EngineInfo("0", timing.gpu, 1, (MODEL,), _CONTEXT, limits=limits)
         self._interval = interval
+        self._clock = clock
         self._accounts = Accounts(Ledger(StepModel(_WEIGHTS, _PER_TOKEN)), None, warn, clock)
         reader = self._accounts.reader
         assert reader is not None
-        self._core = _Core(timing, StepMeter(os.open(reader.path, os.O_WRONLY | os.O_NONBLOCK)), clock)
+        self._core = _Core(timing, StepMeter(os.open(reader.path, os.O_WRONLY | os.O_NONBLOCK), clock), clock)
         reader.opened()
 
     async def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`: `max_tokens` times one word."""
         words = request.prompt or " ".join(str(message["content"]) for message in request.messages or ())
-        prompt, wanted = len(words.split()), int(request.sampling.get("max_tokens") or _MAX_TOKENS)
+        prompt, wanted = len(words.split()), request.sampling.get("max_tokens", _MAX_TOKENS)
+        if type(wanted) is not int or wanted < 1:
+            said = f"expected a whole number of at least 1, found {wanted!r}"
+            raise InvalidInput(f"sampling_params.max_tokens: {said}", param="sampling_params.max_tokens")
         if not 0 < prompt <= _CONTEXT - wanted:
             raise InvalidInput(
                 f"prompt: {prompt} words and {wanted} to come do not fit into {_CONTEXT}", param="prompt"
             )
         account = self._accounts.open(request.id, 1, meter)
         sequence = _Sequence(request.id, prompt, wanted)
-        entered = time.monotonic()
+        entered = self._clock()
         self._core.add(sequence)
         try:
             while meter.completion_tokens < wanted:
