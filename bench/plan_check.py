@@ -69,7 +69,7 @@ KINDS = {
     "timed": Kind(
         ROOT / "src" / "coldsnap" / "testing" / "timed_worker.py",
         "",
-        {"TIMED_ENGINE": '{"boot": [6, 9]}', "CHUNK_INTERVAL_MS": "1000"},
+        {"TIMED_ENGINE": '{"boot": [6, 9], "noise": 0.05}', "CHUNK_INTERVAL_MS": "1000"},
         (50, 1200),
         (20, 100.0, 600),
         ((1, 6), (8, 40), (32, 96)),

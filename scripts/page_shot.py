@@ -39,17 +39,18 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
 )
-VIEWS: dict[str, tuple[ViewportSize, str]] = {
+Views = dict[str, tuple[ViewportSize, str]]
+VIEWS: Views = {
     "": ({"width": 1440, "height": 1120}, "light"),
     "-dark": ({"width": 1440, "height": 1120}, "dark"),
     "-narrow": ({"width": 375, "height": 1500}, "light"),
 }
-WHOLE: dict[str, tuple[ViewportSize, str]] = {
+STILL: Views = {
     "": ({"width": 1000, "height": 800}, "light"),
     "-dark": ({"width": 1000, "height": 800}, "dark"),
     "-narrow": ({"width": 400, "height": 800}, "light"),
 }
-"""Of a page in a file, from top to bottom."""
+"""Of a page in a file."""
 NICE = "10"
 """Of the endpoint: two engines on two cores leave a browser so little that its screenshot times out."""
 
@@ -102,13 +103,24 @@ async def load(base: str, streams: int) -> None:
         await asyncio.gather(*(client(http) for _ in range(streams)))
 
 
+async def still(browser: Browser, address: str, view: tuple[ViewportSize, str], height: int | None) -> bytes:
+    """Open a page that does not move and return what it looks like, so much of it or all."""
+    size, scheme = view
+    page = await browser.new_page(
+        viewport={"width": size["width"], "height": height or size["height"]},
+        color_scheme="dark" if scheme == "dark" else "light",
+    )
+    await page.goto(address)
+    picture = await page.screenshot(full_page=height is None)
+    await page.close()
+    return picture
+
+
 async def photograph(browser: Browser, address: str, view: tuple[ViewportSize, str], seconds: float) -> bytes:
     """Open the page, look on for a while, chat, and return what it looks like."""
     size, scheme = view
     page = await browser.new_page(viewport=size, color_scheme="dark" if scheme == "dark" else "light")
     await page.goto(address)
-    if address.startswith("file:"):
-        return await page.screenshot(full_page=True)
     await page.wait_for_selector("#rows tr")
     await page.wait_for_timeout(1000 * seconds)
     await page.fill("#message", "What is a cold start?")
@@ -140,32 +152,37 @@ async def under_load(streams: int) -> AsyncIterator[str]:
                 await asyncio.wait({traffic})
 
 
-@asynccontextmanager
-async def in_file(path: Path) -> AsyncIterator[str]:
-    """Give the address of a page that is there."""
-    yield path.resolve(strict=True).as_uri()
-
-
-async def main(page: Path | None, out: Path, streams: int, seconds: float, *, every: bool) -> None:
+async def main(given: argparse.Namespace) -> None:
+    out: Path = given.out
     browser_path = shutil.which("chromium")
     if browser_path is None:
         sys.exit("chromium is missing: scripts/desk_tools.sh")
-    views = VIEWS if page is None else WHOLE
-    async with under_load(streams) if page is None else in_file(page) as address, async_playwright() as playwright:
+    async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
         try:
-            for name, view in views.items() if every else [("", views[""])]:
-                write(await photograph(browser, address, view, seconds), out.with_stem(out.stem + name))
+            if given.page is not None:
+                for name, view in chosen(STILL, every=given.all):
+                    address = given.page.resolve(strict=True).as_uri()
+                    write(await still(browser, address, view, given.height), out.with_stem(out.stem + name))
+                return
+            async with under_load(given.streams) as address:
+                for name, view in chosen(VIEWS, every=given.all):
+                    picture = await photograph(browser, address, view, given.seconds)
+                    write(picture, out.with_stem(out.stem + name))
         finally:
             await browser.close()
+
+
+def chosen(views: Views, *, every: bool) -> list[tuple[str, tuple[ViewportSize, str]]]:
+    return list(views.items()) if every else [("", views[""])]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--page", type=Path, help="one in a file, instead")
+    parser.add_argument("--height", type=int, help="of it, from the top (default: all of it)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "serve.png")
     parser.add_argument("--streams", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=20.0, help="that a page is open before its picture")
     parser.add_argument("--all", action="store_true", help="also in dark and narrow")
-    given = parser.parse_args()
-    asyncio.run(main(given.page, given.out, given.streams, given.seconds, every=given.all))
+    asyncio.run(main(parser.parse_args()))

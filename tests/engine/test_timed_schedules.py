@@ -35,7 +35,8 @@ class Notes:
 async def timed(asks: Asks, sequences: int, tokens: int) -> Steps:
     notes, now = Notes(), 0.0
     timing = Timing(a=1.0, b=0.0, c=0.0, d=0.0, max_num_seqs=sequences, max_num_batched_tokens=tokens)
-    core: Any = _Core(timing, notes, lambda: now)  # type: ignore[arg-type]
+    core: Any = _Core(timing, -1, lambda: now)
+    core._meter = notes
     left = dict(enumerate(asks))
     while left or core.get_num_unfinished_requests():
         for number, (step, prompt, output) in list(left.items()):
@@ -44,7 +45,7 @@ async def timed(asks: Asks, sequences: int, tokens: int) -> Steps:
                 core._requests[sequence.name] = sequence
                 del left[number]
         scheduled = core._schedule(now)
-        core._end(core._note(scheduled, now), scheduled)
+        core._end(core._note(scheduled), scheduled)
         now += 1
     return notes.steps
 

@@ -9,6 +9,7 @@ from statistics import median
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.frontier import Plan, Point
 from coldsnap.plan.simulation import Choice, Traffic
+from coldsnap.plural import plural
 from coldsnap.report.notation import NONE, count, digits, seconds, usd
 
 _SHOWN_CONTEXT = 1000
@@ -40,8 +41,8 @@ COLUMNS = (
 )  # fmt: skip
 """`jobs` is MAX_CONCURRENCY."""
 KEY = (
-    "at +10%: p95 TTFT if the engine's steps took 10% longer. busy: of the billed seconds, those in which a step ran. "
-    "slots: of those of ready workers, the part that was taken."
+    "At +10%: p95 TTFT if the engine's steps took 10% longer. Busy: of the billed seconds, those in which a step ran. "
+    "Slots: of those of ready workers, the part that was taken."
 )
 
 
@@ -108,7 +109,7 @@ def assumed(known: Calibration, asked: Asked) -> list[str]:
         f"times {known.correction:.2f}: then {count(known.requests)} requests of the ledger take as long as they did"
     )
     return [
-        f"Cold start: {cold}, from {len(boots)} boot(s) in the ledger, with what the first job waits longer.",
+        f"Cold start: {cold}, from {plural(len(boots), 'boot')} in the ledger, with what the first job waits longer.",
         f"Engine: {engine}.",
         f"That is the cost of a step as the workers fitted it, {checked} (median error of one: {known.error:.0%}).",
         f"Limits of a step: {speed.sequences} requests, {count(speed.tokens)} tokens, {limits}.",

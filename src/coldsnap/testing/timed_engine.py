@@ -57,6 +57,8 @@ class Timing(BaseModel):
     d: float = Field(0.0000002, ge=0)
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
+    noise: float = Field(0.0, ge=0)
+    """How far steps are from that, as the standard deviation of a factor's logarithm."""
     boot: tuple[float, float] = (8.0, 12.0)
     """Least and most of a cold start, each time another in between."""
     gpu: str = "a clock"
@@ -96,12 +98,17 @@ class _Sequence:
 
 
 class _Core:
-    """Scheduler and steps. A step begins when the one before it was due to end, however late this process wakes."""
+    """Scheduler and steps. A step begins when the one before it was due to end, however late this process wakes.
 
-    def __init__(self, timing: Timing, meter: StepMeter, clock: Callable[[], float]) -> None:
+    That is also what the meter is told: a machine that is busy is not taken for a slow engine.
+    """
+
+    def __init__(self, timing: Timing, pipe: int, clock: Callable[[], float]) -> None:
         self._timing = timing
-        self._meter = meter
         self._clock = clock
+        self._due = 0.0
+        """When the latest step ends."""
+        self._meter = StepMeter(pipe, lambda: self._due)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._requests: dict[str, _Sequence] = {}
@@ -135,19 +142,19 @@ class _Core:
             self._task.cancel()
 
     async def _run(self) -> None:
-        due = self._clock()
+        self._due = self._clock()
         while self._requests:
-            begun = self._clock()
-            tokens = self._schedule(begun)
-            output = self._note(tokens, begun)
-            due += self._timing.step(
+            tokens = self._schedule(self._clock())
+            output = self._note(tokens)
+            seconds = self._timing.step(
                 (max(0, min(new, each.num_prompt_tokens - each.num_computed_tokens + new)),
                  max(0, min(new, each.num_computed_tokens - each.num_prompt_tokens)), each.num_computed_tokens)
                 for each, new in tokens.items()
             )  # fmt: skip
-            await asyncio.sleep(due - self._clock())
+            self._due += seconds * random.lognormvariate(0.0, self._timing.noise)
+            await asyncio.sleep(self._due - self._clock())
             self._end(output, tokens)
-        self._meter.ended(self._note({}, self._clock()), self)  # as vLLM lets go of those that ended last
+        self._meter.ended(self._note({}), self)  # as vLLM lets go of those that ended last
         self._task = None
 
     def _schedule(self, now: float) -> dict[_Sequence, int]:
@@ -168,13 +175,13 @@ class _Core:
             each.num_computed_tokens += new
         return tokens
 
-    def _note(self, tokens: Mapping[_Sequence, int], begun: float) -> SimpleNamespace:
+    def _note(self, tokens: Mapping[_Sequence, int]) -> SimpleNamespace:
         """Tell the meter of a step, in the form of vLLM's `SchedulerOutput`."""
         output = SimpleNamespace(
             finished_req_ids=self._gone, num_scheduled_tokens={each.name: new for each, new in tokens.items()}
         )
         self._gone = []
-        self._meter.scheduled(output, {each.name: each for each in tokens}, begun)
+        self._meter.scheduled(output, {each.name: each for each in tokens}, self._due)
         return output
 
     def _end(self, output: SimpleNamespace, tokens: Mapping[_Sequence, int]) -> None:
@@ -209,7 +216,7 @@ class TimedEngine:
         self._accounts = Accounts(Ledger(StepModel(_WEIGHTS, _PER_TOKEN)), None, warn, clock)
         reader = self._accounts.reader
         assert reader is not None
-        self._core = _Core(timing, StepMeter(os.open(reader.path, os.O_WRONLY | os.O_NONBLOCK), clock), clock)
+        self._core = _Core(timing, os.open(reader.path, os.O_WRONLY | os.O_NONBLOCK), clock)
         reader.opened()
 
     async def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
