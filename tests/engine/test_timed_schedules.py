@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +50,7 @@ async def timed(asks: Asks, sequences: int, tokens: int) -> Steps:
 
 
 def vllms(asks: Asks, sequences: int, tokens: int) -> Steps:
+    import torch
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -58,7 +58,6 @@ def vllms(asks: Asks, sequences: int, tokens: int) -> Steps:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
-    import torch
 
     config = EngineArgs(
         model=str(SNAPSHOT), max_num_seqs=sequences, max_num_batched_tokens=tokens, async_scheduling=False,

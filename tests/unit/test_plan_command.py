@@ -97,8 +97,8 @@ def closed(clients: int, count: int) -> list[Record]:
     [template, *_] = (record for record in ledger(2) if record["record"] == "request")
     found = [
         template | {
-            "time": (START + timedelta(seconds=float(last[number]))).isoformat(), "job_id": f"j{number}", "boot": "warm",
-            "prompt_tokens": prompts[number], "completion_tokens": outputs[number],
+            "time": (START + timedelta(seconds=float(last[number]))).isoformat(), "job_id": f"j{number}",
+            "boot": "warm", "prompt_tokens": prompts[number], "completion_tokens": outputs[number],
             "duration_seconds": float(last[number] - came[number]),
             "ttft_seconds": float(first[number] - came[number]),
             "itl_seconds": float(last[number] - first[number]) / (outputs[number] - 1),
@@ -333,7 +333,8 @@ class TestCommand:
     ) -> None:
         """Four slots serve 4.5 requests a second of 0.9 s each: 4 a second fill them, 1 a second does not."""
         out = tmp_path / "plan.json"
-        options = ("--max-workers", "1", "--concurrency", "4", "--current", "1,1,1", "--active", "1", "--json", str(out))
+        fixed = ("--concurrency", "4", "--current", "1,1,1", "--json", str(out))
+        options = ("--max-workers", "1", "--active", "1", *fixed)
         write(places[1], [record | {"max_concurrency": 4} for record in ledger()])
         for rate in (1.0, 4.0):
             rng, at = random.Random(3), 0.0
@@ -351,7 +352,7 @@ class TestCommand:
         target = f"{1000 * (point['ttft95'] + point['slower95']) / 2:.0f}ms"
         assert run(places, *options, "--ttft-p95", target) == 0
         assert "no line of the table holds the target then." in re.sub(r"\s+", " ", capsys.readouterr().out)
-        assert run(places, *options[2:], "--max-workers", "1,2", "--active", "1,2", "--ttft-p95", target) == 0
+        assert run(places, *fixed, "--max-workers", "1,2", "--active", "1,2", "--ttft-p95", target) == 0
         said = re.sub(r"\s+", " ", capsys.readouterr().out)
         assert re.search(r"would be [\d.]+ s; 2 active, no more, .* would hold the target then, for \$\d", said)
 

@@ -1,4 +1,4 @@
-"""The engine that keeps time, on a clock that jumps: batches, limits, aborts, books; held to the plan's model of one."""
+"""The engine that keeps time, on a clock that jumps: batches, limits, aborts, books; held to the plan's model."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ _MOST_CHECKED = 20_000
 """Requests that are run again, the last ones."""
 _FIRST_SEQUENCES = 256
 """vLLM's `max_num_seqs` where the ledger does not say the engine's."""
-_FURTHEST, _ROUNDS = 4.0, 12
-"""The scale of the model is looked for from a quarter to four times, and halved so often: to less than 0.1%."""
+_FURTHEST, _ROUNDS = 4.0, 16
+"""The scale of the model is looked for from a quarter to four times, and halved so often: to less than 0.01%."""
 _BENCH = "run `coldsnap bench` against the endpoint first, at the load that you expect"
 
 
