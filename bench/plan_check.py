@@ -8,7 +8,8 @@
 `coldsnap serve` is the endpoint, `coldsnap bench` the load, in calibration and measurement alike. A calibration is
 traffic of its own: boots from nothing, and batches of growing size. The timed engine keeps time and needs no
 processor (`coldsnap.testing.timed_engine`), so that several workers do not slow each other, as GPUs do not; the real
-one is vLLM on this machine's processors, which client, platform and worker share.
+one is vLLM on this machine's processors, which client, platform and worker share. FOLDER had better be in memory
+(/dev/shm): `coldsnap serve` keeps its jobs there, and waits for a disk that others keep busy.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ KINDS = {
     "timed": Kind(
         ROOT / "src" / "coldsnap" / "testing" / "timed_worker.py",
         "",
-        {"TIMED_ENGINE": '{"boot": [6, 9]}', "CHUNK_INTERVAL_MS": "1000"},
+        {"TIMED_ENGINE": '{"boot": [6, 9], "noise": 0.05}', "CHUNK_INTERVAL_MS": "1000"},
         (50, 1200),
         (20, 100.0, 600),
         ((1, 6), (8, 40), (32, 96)),
@@ -404,6 +405,7 @@ def report(folder: Path) -> None:
             },
             "p95 TTFT if steps are 10% off, s": [round(each, 3) for each in predicted["ttft95_if_steps_are_10%_off"]],
             "slots": round(predicted["slots"], 3),
+            "late, s": round(measured["late"], 3),
         }
     results = {name: results[name] for name in CASES if name in results}
     (RESULTS / "plan.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -426,10 +428,11 @@ ABOUT = {
         "## With an engine that keeps time",
         "",
         "Workers, SDK loop, `coldsnap serve`, scaler, ledger and `coldsnap bench --trace` are the real ones; a step of",
-        "the engine lasts a + b*prefill + c*decode + d*attention seconds and needs no processor, as on a GPU",
-        "(`coldsnap.testing.timed_engine`; a cold start takes 6 to 9 s). That holds queue, scaler, cold starts, idle",
-        "timeouts, billing, batching and calibration to account. It says nothing of real steps, whose cost the four",
-        "terms may miss, of a cache that gets full, or of the network.",
+        "the engine lasts a + b*prefill + c*decode + d*attention seconds, give or take 5%, and needs no processor, as",
+        "on a GPU (`coldsnap.testing.timed_engine`; a boot takes 6 to 9 s). That holds queue, scaler, cold starts,",
+        "idle timeouts, billing, batching and calibration to account. It says nothing of real steps, whose cost the",
+        "four terms may miss, of a cache that gets full, or of the network. `late` is the longest that the client sent",
+        "a request behind its time, on two cores that others used too: what a measurement may be off by.",
         "",
     ],
     "real": [
@@ -458,7 +461,7 @@ def table(results: dict[str, Any], kind: str) -> Iterator[str]:
             fast, slow = found["p95 TTFT if steps are 10% off, s"]
             yield (
                 f"Foreseen: {found['slots']:.0%} of the slots taken; p95 TTFT {fast:g} s if steps are 10% faster, "
-                f"{slow:g} s if slower."
+                f"{slow:g} s if slower. Late: {found['late, s']:g} s."
             )
             yield ""
 

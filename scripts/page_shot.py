@@ -1,6 +1,7 @@
 """Photographs the page of `coldsnap serve` under load: two workers, streamed requests all the time, a chat.
 
     python scripts/page_shot.py [--out docs/serve.png] [--streams 30] [--seconds 20]
+    python scripts/page_shot.py --page plan.html --out docs/plan.png     # a page that `coldsnap plan` or `bench` wrote
 
 Needs Chromium (scripts/desk_tools.sh). Beside the picture, in light, it writes `-dark` and `-narrow` with --all.
 """
@@ -39,11 +40,18 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
 )
-VIEWS: dict[str, tuple[ViewportSize, str]] = {
+Views = dict[str, tuple[ViewportSize, str]]
+VIEWS: Views = {
     "": ({"width": 1440, "height": 1120}, "light"),
     "-dark": ({"width": 1440, "height": 1120}, "dark"),
     "-narrow": ({"width": 400, "height": 900}, "light"),
 }
+STILL: Views = {
+    "": ({"width": 1000, "height": 800}, "light"),
+    "-dark": ({"width": 1000, "height": 800}, "dark"),
+    "-narrow": ({"width": 400, "height": 800}, "light"),
+}
+"""Of a page in a file."""
 NICE = "10"
 """Of the endpoint: two engines on two cores leave a browser so little that its screenshot times out."""
 
@@ -104,6 +112,19 @@ async def cut(page: Page, size: ViewportSize) -> dict[str, Any]:
     return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": whole[-1]}} if whole else {"full_page": True}
 
 
+async def still(browser: Browser, address: str, view: tuple[ViewportSize, str], height: int | None) -> bytes:
+    """Open a page that does not move and return what it looks like, so much of it or all."""
+    size, scheme = view
+    page = await browser.new_page(
+        viewport={"width": size["width"], "height": height or size["height"]},
+        color_scheme="dark" if scheme == "dark" else "light",
+    )
+    await page.goto(address)
+    picture = await page.screenshot(full_page=height is None)
+    await page.close()
+    return picture
+
+
 async def photograph(browser: Browser, address: str, view: tuple[ViewportSize, str], seconds: float) -> bytes:
     """Open the page, look on for a while, chat, and return what it looks like."""
     size, scheme = view
@@ -127,29 +148,50 @@ def write(picture: bytes, path: Path) -> None:
     print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
-async def main(out: Path, streams: int, seconds: float, *, every: bool) -> None:
-    browser_path = shutil.which("chromium")
-    if browser_path is None:
-        sys.exit("chromium is missing: scripts/desk_tools.sh")
+@asynccontextmanager
+async def under_load(streams: int) -> AsyncIterator[str]:
+    """Run an endpoint that is asked all the time; give its page's address."""
     with tempfile.TemporaryDirectory() as folder:
-        async with serving(Path(folder), "--workers", "2") as address, async_playwright() as playwright:
-            base = address.partition("/#")[0]
-            traffic = asyncio.create_task(load(base, streams))
-            browser = await playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        async with serving(Path(folder), "--workers", "2") as address:
+            traffic = asyncio.create_task(load(address.partition("/#")[0], streams))
             try:
-                for name, view in VIEWS.items() if every else [("", VIEWS[""])]:
-                    write(await photograph(browser, address, view, seconds), out.with_stem(out.stem + name))
+                yield address
             finally:
-                await browser.close()
                 traffic.cancel()
                 await asyncio.wait({traffic})
 
 
+async def main(given: argparse.Namespace) -> None:
+    out: Path = given.out
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        sys.exit("chromium is missing: scripts/desk_tools.sh")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        try:
+            if given.page is not None:
+                for name, view in chosen(STILL, every=given.all):
+                    address = given.page.resolve(strict=True).as_uri()
+                    write(await still(browser, address, view, given.height), out.with_stem(out.stem + name))
+                return
+            async with under_load(given.streams) as address:
+                for name, view in chosen(VIEWS, every=given.all):
+                    picture = await photograph(browser, address, view, given.seconds)
+                    write(picture, out.with_stem(out.stem + name))
+        finally:
+            await browser.close()
+
+
+def chosen(views: Views, *, every: bool) -> list[tuple[str, tuple[ViewportSize, str]]]:
+    return list(views.items()) if every else [("", views[""])]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--page", type=Path, help="one in a file, instead")
+    parser.add_argument("--height", type=int, help="of it, from the top (default: all of it)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "serve.png")
     parser.add_argument("--streams", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=20.0, help="that a page is open before its picture")
     parser.add_argument("--all", action="store_true", help="also in dark and narrow")
-    given = parser.parse_args()
-    asyncio.run(main(given.out, given.streams, given.seconds, every=given.all))
+    asyncio.run(main(parser.parse_args()))

@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("coldsnap"):
             raise
-        what = f"{asked.prog} needs {error.name}, which is not here; scripts/setup.sh installs it, an image goes without"
+        what = (
+            f"{asked.prog} needs {error.name}, which is not here; scripts/setup.sh installs it, an image goes without"
+        )
         print(f"coldsnap: {what}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ import struct
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +99,9 @@ class _Scheduled:
 class StepMeter:
     """Turns what a scheduler does into frames. Nothing that it meets raises into the scheduler."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, clock: Callable[[], float] = now) -> None:
         self._fd = fd
+        self._clock = clock
         self._rest = b""
         self._requests: dict[str, _Request] = {}
         self._free: list[int] = []
@@ -116,17 +118,17 @@ class StepMeter:
 
     def scheduled(self, output: Any, requests: Any, begun: float) -> None:
         """Note a step that `schedule` has put together, beginning at `begun`."""
-        entered = now()
+        entered = self._clock()
         if self._broken is None:
             try:
                 self._steps.append(self._note(output, requests, begun))
             except Exception as error:  # noqa: BLE001 -- another vLLM may differ: that costs the numbers only
                 self._give_up(error)
-        self._own += now() - entered
+        self._own += self._clock() - entered
 
     def ended(self, output: Any, scheduler: Any) -> None:
         """Write the frame of a step whose results are in."""
-        entered = now()
+        entered = self._clock()
         if self._broken is None:
             try:
                 self._finish(output, entered, going_on=scheduler.get_num_unfinished_requests() > 0)
@@ -134,7 +136,7 @@ class StepMeter:
                 self._give_up(error)
         if self._broken and self._write(self._broken):
             self._broken = b""
-        self._own += now() - entered
+        self._own += self._clock() - entered
 
     def _note(self, output: Any, requests: Any, begun: float) -> _Scheduled:
         events = bytearray()

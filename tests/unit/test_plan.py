@@ -304,4 +304,4 @@ class TestFrontier:
 
 
 def point(cost: float, ttft95: float) -> Point:
-    return Point(0, 1, 5.0, 8, cost, None, ttft95, ttft95, ttft95, ttft95, 0, 1, 1, 0.5)
+    return Point(0, 1, 5.0, 8, cost, None, ttft95, ttft95, ttft95, ttft95, 0, 1, 1, 0.5, 0.5)

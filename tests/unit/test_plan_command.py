@@ -16,7 +16,7 @@ import pytest
 from coldsnap import cli
 from coldsnap.errors import PlanError
 from coldsnap.plan import calibration
-from coldsnap.plan.batch import Speed
+from coldsnap.plan.batch import Batch, Speed
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.command import seconds
 from coldsnap.plan.simulation import Choice, Traffic, WorkerModel, simulate
@@ -77,6 +77,36 @@ def ledger(count: int = 200) -> list[Record]:
     return records
 
 
+def closed(clients: int, count: int) -> list[Record]:
+    """Return the records of `ledger`, but that each request comes when one of so many before it has ended."""
+    rng = random.Random(1)
+    prompts, outputs = ([rng.randint(*ends) for _ in range(count)] for ends in ((50, 1200), (20, 200)))
+    batch, came, first, last = Batch(TRUE, prompts, outputs), np.zeros(count), np.zeros(count), np.zeros(count)
+    coming = iter(range(count))
+    for number in range(clients):
+        batch.add(next(coming), 0.001 * number)
+        came[number] = 0.001 * number
+    while batch.end < np.inf:
+        at = batch.end
+        begun, ended = batch.advance()
+        first[begun] = at
+        last[ended] = at
+        for number, _ in zip(coming, ended, strict=False):
+            came[number] = at + 0.003
+            batch.add(number, at + 0.003)
+    [template, *_] = (record for record in ledger(2) if record["record"] == "request")
+    found = [
+        template | {
+            "time": (START + timedelta(seconds=float(last[number]))).isoformat(), "job_id": f"j{number}",
+            "boot": "warm", "prompt_tokens": prompts[number], "completion_tokens": outputs[number],
+            "duration_seconds": float(last[number] - came[number]),
+            "ttft_seconds": float(first[number] - came[number]),
+            "itl_seconds": float(last[number] - first[number]) / (outputs[number] - 1),
+        } for number in range(count)
+    ]  # fmt: skip
+    return [boot(-10, 20.0), *found]
+
+
 def write(path: Path, records: list[Record]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -98,6 +128,13 @@ class TestCalibration:
         assert known.worker.stop == STOP
         assert (known.worker.speed.sequences, known.worker.speed.tokens, known.worker.speed.cache) == (64, 4096, 1e5)
         assert (known.concurrency, known.requests, known.limits_known) == (32, 200, True)
+
+    def test_a_full_batch_is_no_reason_to_overshoot(self, tmp_path: Path) -> None:
+        """Where slots are never empty, a model that is 10% slower decodes 20% longer, and then some."""
+        known = learn(tmp_path, closed(32, 200))
+        assert known.correction == pytest.approx(1 / FIT_OFF, rel=0.002)
+        assert known.error < 0.01
+        assert known.worker.front == pytest.approx(0.0, abs=0.001)
 
     def test_the_order_of_the_lines_does_not_matter(self, tmp_path: Path) -> None:
         records = ledger()
@@ -211,7 +248,7 @@ class TestCommand:
         assert (current["active"], current["most"], current["idle"], current["concurrency"]) == (0, 3, 5.0, 32)
         said = capsys.readouterr().out
         assert "150 requests in" in said
-        assert "Cold start: 22.5 s (20.5 to 27.5), from 3 boot(s) in the ledger" in said
+        assert "Cold start: 22.5 s (20.5 to 27.5), from 3 boots in the ledger" in said
         assert "$0.00116 a second flex, $0.000930 active, for each of 1 NVIDIA H100 80GB HBM3" in said
         assert re.search(r"^\s*→", said, re.MULTILINE)
         assert re.search(r"^\s*defaults", said, re.MULTILINE)
@@ -291,6 +328,44 @@ class TestCommand:
             r"Batches of up to \d+ requests are foreseen, the ledger's fullest had 1", capsys.readouterr().out
         )
 
+    def test_near_saturation_the_table_says_how_much_hangs_on_the_cost_of_a_step(
+        self, places: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Four slots serve 4.5 requests a second of 0.9 s each: 4 a second fill them, 1 a second does not."""
+        out = tmp_path / "plan.json"
+        fixed = ("--concurrency", "4", "--current", "1,1,1", "--json", str(out))
+        options = ("--max-workers", "1", "--active", "1", *fixed)
+        write(places[1], [record | {"max_concurrency": 4} for record in ledger()])
+        for rate in (1.0, 4.0):
+            rng, at = random.Random(3), 0.0
+            times = [at := at + rng.expovariate(rate) for _ in range(600)]
+            write(places[0], [{"time": time, "prompt_tokens": 100, "output_tokens": 100} for time in times])
+            assert run(places, *options) == 0
+            said = capsys.readouterr().out
+            [point] = json.loads(out.read_bytes())["points"]
+            full = rate > 1
+            assert (point["slots"] > 0.8) == full
+            assert (point["slower95"] > 1.3 * point["ttft95"]) == full
+            assert ("Where the p95 at +10% has a !" in said) == full
+            assert (" s !" in said) == full
+            assert f"{point['slots']:.0%}" in said
+        target = f"{1000 * (point['ttft95'] + point['slower95']) / 2:.0f}ms"
+        assert run(places, *options, "--ttft-p95", target) == 0
+        assert "no line of the table holds the target then." in re.sub(r"\s+", " ", capsys.readouterr().out)
+        assert run(places, *fixed, "--max-workers", "1,2", "--active", "1,2", "--ttft-p95", target) == 0
+        said = re.sub(r"\s+", " ", capsys.readouterr().out)
+        assert re.search(r"would be [\d.]+ s; 2 active, no more, .* would hold the target then, for \$\d", said)
+
+    def test_what_is_not_shown_is_not_simulated_with_slower_steps(
+        self, places: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        out = tmp_path / "plan.json"
+        assert run(places, "--json", str(out)) == 0
+        found = json.loads(out.read_bytes())
+        shown = [*found["frontier"], found["current"]]
+        assert all(point["slower95"] is not None for point in shown)
+        assert all((point["slower95"] is not None) == (point in shown) for point in found["points"])
+
     def test_a_ledger_is_a_trace_too(self, places: tuple[Path, Path]) -> None:
         assert run((places[1], places[1])) == 0
 
@@ -330,6 +405,14 @@ class TestCommand:
         places[0].write_text("\n".join(lines))
         assert run(places) == 1
         assert re.search(r"trace\.jsonl, line 7: output_tokens: expected", capsys.readouterr().err)
+
+    def test_a_ledger_without_requests_is_named_with_how_to_fill_it(
+        self, places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write(places[1], [record for record in ledger() if record["record"] != "request"])
+        assert run(places) == 1
+        said = capsys.readouterr().err
+        assert f"{places[1]}: the ledger has no request: run `coldsnap bench` against the endpoint first" in said
 
     def test_no_ledger_is_said_with_how_to_get_one(
         self, places: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -7,6 +7,7 @@ at the worker, so the platform's own time and the network's are not in it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ _MOST_CHECKED = 20_000
 """Requests that are run again, the last ones."""
 _FIRST_SEQUENCES = 256
 """vLLM's `max_num_seqs` where the ledger does not say the engine's."""
-_MOST_ROUNDS, _CLOSE = 8, 0.001
-"""The scale of the model is found in so many rounds, or until it changes by less."""
+_FURTHEST, _ROUNDS = 4.0, 16
+"""The scale of the model is looked for from a quarter to four times, and halved so often: to less than 0.01%."""
 _BENCH = "run `coldsnap bench` against the endpoint first, at the load that you expect"
 
 
@@ -177,16 +178,16 @@ def _checked(speed: Speed, requests: Sequence[Record]) -> tuple[Speed, float, fl
     requests = requests[-_MOST_CHECKED:]
     recorded = np.array([(record.get("itl_seconds") or 0.0) * (record["completion_tokens"] - 1) for record in requests])
     ttft = np.array([record["ttft_seconds"] for record in requests])
-    correction = 1.0
-    for _ in range(_MOST_ROUNDS):  # a slower model makes fuller batches, which are slower in turn
+    low, high = 1 / _FURTHEST, _FURTHEST
+    # A slower model makes fuller batches, which are slower in turn: to scale by what is left over would overshoot.
+    for _ in range(_ROUNDS if recorded.any() else 0):
+        correction = math.sqrt(low * high)
         first, last = _again(speed.slower(correction), requests)
-        computed = last - first
-        if not (computed.sum() > 0 and recorded.sum() > 0):
-            break
-        ratio = float(recorded.sum() / computed.sum())
-        correction *= ratio
-        if abs(ratio - 1) < _CLOSE:
-            break
+        if (last - first).sum() < recorded.sum():
+            low = correction
+        else:
+            high = correction
+    correction = math.sqrt(low * high)
     speed = speed.slower(correction)
     first, last = _again(speed, requests)
     decoded = recorded > 0

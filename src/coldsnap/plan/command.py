@@ -86,7 +86,12 @@ def run(options: argparse.Namespace) -> int:
     traffic = Traffic.of(trace.read(options.trace, _note))
     with tempfile.TemporaryDirectory(prefix="coldsnap-plan-") as folder:
         intake = source.read(place, Path(folder))
-        known = calibration.read(intake.lines, model=options.model, endpoint=options.endpoint, flex=flex, active=active)
+        try:
+            known = calibration.read(
+                intake.lines, model=options.model, endpoint=options.endpoint, flex=flex, active=active
+            )
+        except PlanError as error:
+            raise PlanError(f"{place}: {error.message}") from error
     current = Choice(scaling, known.concurrency or _CONCURRENCY)
     name = "defaults" if options.current is None else "now"
     asked = words.Asked(options.trace, place, traffic, current, name, options.seed)

@@ -18,6 +18,8 @@ from coldsnap.platform.scaler import Scaling
 
 _WORTH_A_LINE = 0.98
 """A dearer setting whose p95 is not at least 2% shorter is no line of its own."""
+SLOWER = 1.1
+"""What is shown is simulated again with steps that take so many times as long: how much hangs on their cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,10 @@ class Point:
     """Requests decoded together, at most."""
     utilisation: float
     """Of the billed seconds, those with a step under way."""
+    slots: float
+    """Of the slots of ready workers, those that were taken: jobs at once, or in a step."""
+    slower95: float | None = None
+    """`ttft95` if steps took `SLOWER` times as long; None where it was not simulated."""
 
     @property
     def cost(self) -> float:
@@ -64,7 +70,7 @@ class Plan:
     """Everything that a plan shows."""
 
     points: tuple[Point, ...]
-    """All that were simulated."""
+    """All that were simulated; those that are shown have `slower95`."""
     frontier: tuple[Point, ...]
     """Those that no other beats, the cheapest first."""
     current: Point
@@ -94,7 +100,8 @@ def search(
 ) -> Plan:
     """Simulate every combination of the ranges, then other concurrencies where that may help.
 
-    More workers than were ever there at once change nothing, so they are not tried.
+    More workers than were ever there at once change nothing, so they are not tried. What will be shown is simulated
+    once more, with slower steps.
     """
     begun = time.perf_counter()
     tried: dict[Choice, Point] = {}
@@ -110,14 +117,29 @@ def search(
     for least in sorted({min(each, max(ranges.most)) for each in active}):
         _try(look, current, least, ranges)
     for point in pareto(tried.values()):
-        scaling = replace(current.scaling, least=point.active, most=point.most, idle_timeout=point.idle)
         for concurrency in ranges.concurrency:
-            look(Choice(scaling, concurrency))
-    points = tuple(tried.values())
-    met = [point for point in points if target is not None and point.ttft95 <= target]
+            look(replace(_choice(current, point), concurrency=concurrency))
+    met = [point for point in tried.values() if target is not None and point.ttft95 <= target]
     recommended = min(met, key=lambda point: (point.cost, point.ttft95), default=None)
+    slow = known.worker.slower(SLOWER)
+    shown = {
+        point: replace(point, slower95=_p95(simulate(traffic, _choice(current, point), slow, seed)))
+        for point in {*pareto(tried.values(), recommended), now}
+    }
+    points = tuple(shown.get(point, point) for point in tried.values())
+    recommended = shown[recommended] if recommended is not None else None
     length = float(traffic.times[-1]) if traffic.times else 0.0
-    return Plan(points, pareto(points, recommended), now, target, recommended, length, time.perf_counter() - begun)
+    took = time.perf_counter() - begun
+    return Plan(points, pareto(points, recommended), shown[now], target, recommended, length, took)
+
+
+def _choice(current: Choice, point: Point) -> Choice:
+    scaling = replace(current.scaling, least=point.active, most=point.most, idle_timeout=point.idle)
+    return Choice(scaling, point.concurrency)
+
+
+def _p95(outcome: Outcome) -> float:
+    return float(np.percentile(outcome.ttft, 95))
 
 
 def _try(look: Callable[[Choice], Point], current: Choice, least: int, ranges: Ranges) -> None:
@@ -167,4 +189,5 @@ def summary(outcome: Outcome, known: Calibration) -> Point:
         peak=outcome.peak,
         widest=outcome.widest,
         utilisation=outcome.busy / outcome.billed if outcome.billed else 0.0,
+        slots=outcome.occupancy(known.worker.speed.sequences),
     )

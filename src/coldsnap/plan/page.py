@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import matplotlib as mpl
+from matplotlib.ticker import MaxNLocator
 
 from coldsnap.plan import words
 from coldsnap.plan.calibration import Calibration
@@ -15,6 +16,10 @@ from coldsnap.report.page import templates
 from coldsnap.report.plots import ACCENT, INK, MUTED, RULE, SECOND, STYLE, figure, plain, svg
 
 _HOUR = 3600.0
+_WIDTHS = {"wide": 8.4, "narrow": 4.2}
+"""Of the plot, for a desk and for a phone, where half the size would leave its words too small to read."""
+_FEW_TICKS = 8.0
+"""A logarithmic axis whose ends are less than this factor apart has ticks as a linear one."""
 
 
 def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
@@ -29,17 +34,18 @@ def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
             words=words,
             plural=plural,
             rows=list(words.rows(plan, asked)),
-            plot=draw(plan, asked),
+            plots=[draw(plan, asked, name, width) for name, width in _WIDTHS.items()],
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
 
 
-def draw(plan: Plan, asked: words.Asked) -> str:
+def draw(plan: Plan, asked: words.Asked, name: str, width: float) -> str:
     """Draw what was tried: cost against the p95 of the time to the first token, the frontier as a line."""
     hours = plan.seconds / _HOUR or 1.0
     with mpl.rc_context(STYLE):
         drawing, axes = figure(3.9)
+        drawing.set_figwidth(width)
         axes.scatter(
             [point.cost / hours for point in plan.points], [point.ttft95 for point in plan.points],
             s=11, color=MUTED, alpha=0.45, linewidths=0,
@@ -53,16 +59,19 @@ def draw(plan: Plan, asked: words.Asked) -> str:
                 xycoords=("axes fraction", "data"), textcoords="offset points", color=SECOND,
             )  # fmt: skip
         marked = {asked.current_name: plan.current, "recommended": plan.recommended}
-        for name, point in marked.items():
+        for label, point in marked.items():
             if point is not None:
                 at = (point.cost / hours, point.ttft95)
                 axes.plot(*at, "o", markersize=8, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.3)
-                axes.annotate(name, at, (8, 5), textcoords="offset points", fontweight="bold")
+                axes.annotate(label, at, (8, 5), textcoords="offset points", fontweight="bold")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.margins(0.08, 0.12)
         plain(axes)
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            if high < low * _FEW_TICKS:
+                axis.set_major_locator(MaxNLocator(5))
         axes.grid(color=RULE)
         axes.set_xlabel("GPU-seconds an hour" if plan.current.usd is None else "dollars an hour")
         axes.set_ylabel("p95 TTFT, seconds")
-        return svg(drawing, "frontier", "Cost against the time to the first token")
+        return svg(drawing, f"frontier-{name}", "Cost against the time to the first token")

@@ -27,7 +27,8 @@ def show(plan: Plan, known: Calibration, asked: words.Asked, console: Console) -
     for kind, cells in words.rows(plan, asked):
         table.add_row(*cells, style=_STYLES[kind])
     console.print(table)
-    for line in words.warnings(plan, known):
+    console.print(Text(words.KEY, style="dim"))
+    for line in words.warnings(plan, known, asked):
         console.print(Text(f"! {line}", style="yellow"))
     if plan.target is None or plan.recommended:
         console.print(Text(words.verdict(plan, asked)))

@@ -9,11 +9,15 @@ from statistics import median
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.frontier import Plan, Point
 from coldsnap.plan.simulation import Choice, Traffic
+from coldsnap.plural import plural
 from coldsnap.report.notation import NONE, count, digits, seconds, usd
 
 _SHOWN_CONTEXT = 1000
 _EXTRAPOLATED = 2.0
 """Batches so many times as full as the ledger's fullest are worth a warning."""
+_SHAKY = 1.3
+"""A p95 that grows by more than this factor when steps take `frontier.SLOWER` times as long is mostly waiting."""
+_MARK = "!"
 _HOUR = 3600.0
 _SPANS = (("days", 86_400.0), ("h", _HOUR), ("min", 60.0), ("s", 1.0))
 
@@ -32,10 +36,14 @@ class Asked:
 
 
 COLUMNS = (
-    "", "active", "max", "idle", "jobs", "an hour", "1,000 req.", "p50 TTFT", "p95 TTFT", "p99 TTFT", "p95 in all",
-    "boots", "busy",
+    "", "active", "max", "idle", "jobs", "an hour", "1,000 req.", "p50 TTFT", "p95 TTFT", "at +10%", "p99 TTFT",
+    "p95 in all", "boots", "busy", "slots",
 )  # fmt: skip
 """`jobs` is MAX_CONCURRENCY."""
+KEY = (
+    "At +10%: p95 TTFT if the engine's steps took 10% longer. Busy: of the billed seconds, those in which a step ran. "
+    "Slots: of those of ready workers, the part that was taken."
+)
 
 
 def rows(plan: Plan, asked: Asked) -> Iterator[tuple[str, list[str]]]:
@@ -101,7 +109,7 @@ def assumed(known: Calibration, asked: Asked) -> list[str]:
         f"times {known.correction:.2f}: then {count(known.requests)} requests of the ledger take as long as they did"
     )
     return [
-        f"Cold start: {cold}, from {len(boots)} boot(s) in the ledger, with what the first job waits longer.",
+        f"Cold start: {cold}, from {plural(len(boots), 'boot')} in the ledger, with what the first job waits longer.",
         f"Engine: {engine}.",
         f"That is the cost of a step as the workers fitted it, {checked} (median error of one: {known.error:.0%}).",
         f"Limits of a step: {speed.sequences} requests, {count(speed.tokens)} tokens, {limits}.",
@@ -111,7 +119,7 @@ def assumed(known: Calibration, asked: Asked) -> list[str]:
     ]
 
 
-def warnings(plan: Plan, known: Calibration) -> list[str]:
+def warnings(plan: Plan, known: Calibration, asked: Asked) -> list[str]:
     """Say where the plan is on thin ice."""
     found = []
     shown = [*plan.frontier, plan.current]
@@ -120,9 +128,36 @@ def warnings(plan: Plan, known: Calibration) -> list[str]:
             f"Batches of up to {widest} requests are foreseen, the ledger's fullest had {known.widest:.0f}: what such "
             "a batch costs is extrapolated. `coldsnap bench` at that load would measure it."
         )
+    best = plan.recommended
+    if best is not None and _misses(plan, best):
+        holds = min((point for point in shown if not _misses(plan, point)), key=lambda point: point.cost, default=None)
+        instead = (
+            "no line of the table holds the target then" if holds is None
+            else f"{settings(holds)} would hold the target then, for {cost(plan, asked, holds, per='hour')} an hour"
+        )  # fmt: skip
+        found.append(
+            f"If the engine's steps took 10% longer than in the ledger, the p95 TTFT of what is recommended would be "
+            f"{seconds(best.slower95)}; {instead}."
+        )
+    if any(map(shaky, shown)):
+        found.append(
+            f"Where the p95 at +10% has a {_MARK}, waiting grows much faster than steps do: near saturation, or where "
+            "a few requests more meet a cold start. Such a p95 is a guess, unless the ledger is of that very load: run "
+            "`coldsnap bench` at it, then plan again."
+        )
     if not known.limits_known:
         found.append("The ledger is of an older coldsnap and does not say the engine's limits.")
     return found
+
+
+def shaky(point: Point) -> bool:
+    """Return whether the p95 hangs on the cost of a step more than steps alone would have it."""
+    return point.slower95 is not None and point.slower95 > _SHAKY * point.ttft95
+
+
+def _misses(plan: Plan, point: Point) -> bool:
+    assert plan.target is not None
+    return point.slower95 is None or point.slower95 > plan.target
 
 
 def verdict(plan: Plan, asked: Asked) -> str:
@@ -133,11 +168,16 @@ def verdict(plan: Plan, asked: Asked) -> str:
     if best is None:
         return unreachable(plan)
     saved = 1 - best.cost / plan.current.cost if plan.current.cost else 0.0
-    against = f"{abs(saved):.0%} {'cheaper' if saved > 0 else 'dearer'} than {asked.current_name}"
+    than = f"{asked.current_name} ({seconds(plan.current.ttft95)})"
+    against = f"as {asked.current_name}" if best is plan.current else f"{_cheaper(saved)} than {than}"
     return (
         f"For p95 TTFT within {seconds(plan.target)}: {settings(best)}. {cost(plan, asked, best, per='hour')} an hour, "
-        f"p95 TTFT {seconds(best.ttft95)}; {against} ({seconds(plan.current.ttft95)})."
+        f"p95 TTFT {seconds(best.ttft95)}; {against}."
     )
+
+
+def _cheaper(saved: float) -> str:
+    return f"{abs(saved):.0%} {'cheaper' if saved > 0 else 'dearer'}"
 
 
 def unreachable(plan: Plan) -> str:
@@ -160,6 +200,7 @@ def _cells(plan: Plan, asked: Asked, point: Point) -> list[str]:
         str(point.active), str(point.most), f"{point.idle:g} s" if point.most > point.active else NONE,
         str(point.concurrency),
         cost(plan, asked, point, per="hour"), cost(plan, asked, point, per="requests"),
-        *(seconds(value) for value in (point.ttft50, point.ttft95, point.ttft99, point.total95)),
-        count(point.boots), f"{point.utilisation:.0%}",
+        seconds(point.ttft50), seconds(point.ttft95), seconds(point.slower95) + f" {_MARK}" * shaky(point),
+        seconds(point.ttft99), seconds(point.total95),
+        count(point.boots), f"{point.utilisation:.0%}", f"{point.slots:.0%}",
     ]  # fmt: skip

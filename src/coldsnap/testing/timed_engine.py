@@ -5,7 +5,8 @@ one machine do not slow each other. Requests are batched as vLLM's scheduler doe
 that wait, within `max_num_seqs` and `max_num_batched_tokens`, a long prompt in parts. What is not fake: the steps are
 metered by `step_meter` and charged by the ledger like vLLM's.
 
-What it does not know: a tokenizer (a word is a token), OpenAI routes, a cache of keys and values that gets full.
+What it does not know: a tokenizer (a word is a token), sampling beyond `max_tokens`, OpenAI routes, a cache of keys and
+values that gets full.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Timing(BaseModel):
     d: float = Field(0.0000002, ge=0)
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=1)
+    noise: float = Field(0.0, ge=0)
+    """How far steps are from that, as the standard deviation of a factor's logarithm."""
     boot: tuple[float, float] = (8.0, 12.0)
     """Least and most of a cold start, each time another in between."""
     gpu: str = "a clock"
@@ -95,12 +98,17 @@ class _Sequence:
 
 
 class _Core:
-    """Scheduler and steps. A step begins when the one before it was due to end, however late this process wakes."""
+    """Scheduler and steps. A step begins when the one before it was due to end, however late this process wakes.
 
-    def __init__(self, timing: Timing, meter: StepMeter, clock: Callable[[], float]) -> None:
+    That is also what the meter is told: a machine that is busy is not taken for a slow engine.
+    """
+
+    def __init__(self, timing: Timing, pipe: int, clock: Callable[[], float]) -> None:
         self._timing = timing
-        self._meter = meter
         self._clock = clock
+        self._due = 0.0
+        """When the latest step ends."""
+        self._meter = StepMeter(pipe, lambda: self._due)
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._requests: dict[str, _Sequence] = {}
@@ -134,19 +142,19 @@ class _Core:
             self._task.cancel()
 
     async def _run(self) -> None:
-        due = self._clock()
+        self._due = self._clock()
         while self._requests:
-            begun = self._clock()
-            tokens = self._schedule(begun)
-            output = self._note(tokens, begun)
-            due += self._timing.step(
+            tokens = self._schedule(self._clock())
+            output = self._note(tokens)
+            seconds = self._timing.step(
                 (max(0, min(new, each.num_prompt_tokens - each.num_computed_tokens + new)),
                  max(0, min(new, each.num_computed_tokens - each.num_prompt_tokens)), each.num_computed_tokens)
                 for each, new in tokens.items()
             )  # fmt: skip
-            await asyncio.sleep(due - self._clock())
+            self._due += seconds * random.lognormvariate(0.0, self._timing.noise)
+            await asyncio.sleep(self._due - self._clock())
             self._end(output, tokens)
-        self._meter.ended(self._note({}, self._clock()), self)  # as vLLM lets go of those that ended last
+        self._meter.ended(self._note({}), self)  # as vLLM lets go of those that ended last
         self._task = None
 
     def _schedule(self, now: float) -> dict[_Sequence, int]:
@@ -167,13 +175,13 @@ class _Core:
             each.num_computed_tokens += new
         return tokens
 
-    def _note(self, tokens: Mapping[_Sequence, int], begun: float) -> SimpleNamespace:
+    def _note(self, tokens: Mapping[_Sequence, int]) -> SimpleNamespace:
         """Tell the meter of a step, in the form of vLLM's `SchedulerOutput`."""
         output = SimpleNamespace(
             finished_req_ids=self._gone, num_scheduled_tokens={each.name: new for each, new in tokens.items()}
         )
         self._gone = []
-        self._meter.scheduled(output, {each.name: each for each in tokens}, begun)
+        self._meter.scheduled(output, {each.name: each for each in tokens}, self._due)
         return output
 
     def _end(self, output: SimpleNamespace, tokens: Mapping[_Sequence, int]) -> None:
@@ -204,23 +212,27 @@ class TimedEngine:
         limits = Limits(timing.max_num_seqs, timing.max_num_batched_tokens, None)
         self.info = EngineInfo("0", timing.gpu, 1, (MODEL,), _CONTEXT, limits=limits)
         self._interval = interval
+        self._clock = clock
         self._accounts = Accounts(Ledger(StepModel(_WEIGHTS, _PER_TOKEN)), None, warn, clock)
         reader = self._accounts.reader
         assert reader is not None
-        self._core = _Core(timing, StepMeter(os.open(reader.path, os.O_WRONLY | os.O_NONBLOCK)), clock)
+        self._core = _Core(timing, os.open(reader.path, os.O_WRONLY | os.O_NONBLOCK), clock)
         reader.opened()
 
     async def generate(self, request: Generation, meter: Meter) -> AsyncGenerator[Delta, None]:
         """See `Engine.generate`: `max_tokens` times one word."""
         words = request.prompt or " ".join(str(message["content"]) for message in request.messages or ())
-        prompt, wanted = len(words.split()), int(request.sampling.get("max_tokens") or _MAX_TOKENS)
+        prompt, wanted = len(words.split()), request.sampling.get("max_tokens", _MAX_TOKENS)
+        if type(wanted) is not int or wanted < 1:
+            said = f"expected a whole number of at least 1, found {wanted!r}"
+            raise InvalidInput(f"sampling_params.max_tokens: {said}", param="sampling_params.max_tokens")
         if not 0 < prompt <= _CONTEXT - wanted:
             raise InvalidInput(
                 f"prompt: {prompt} words and {wanted} to come do not fit into {_CONTEXT}", param="prompt"
             )
         account = self._accounts.open(request.id, 1, meter)
         sequence = _Sequence(request.id, prompt, wanted)
-        entered = time.monotonic()
+        entered = self._clock()
         self._core.add(sequence)
         try:
             while meter.completion_tokens < wanted:
