@@ -86,7 +86,7 @@ def compare(engine: str, rounds: int, work: Path) -> dict[str, Any]:
 
 def median(boots: list[dict[str, Any]], phase: str | None = None) -> float:
     """Return the median of the boots' seconds, or of one phase's."""
-    return statistics.median(boot["phases"].get(phase, 0.0) if phase else boot["seconds"] for boot in boots)
+    return statistics.median(float(boot["phases"].get(phase, 0.0) if phase else boot["seconds"]) for boot in boots)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ async def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "client-view.md")
     args = parser.parse_args()
     native = NATIVE | {"sampling_params": {"max_tokens": TOKENS, "temperature": 0.0}}
-    openai = OPENAI | {"openai_input": {**OPENAI["openai_input"], "max_tokens": TOKENS}}  # type: ignore[dict-item]
+    openai = OPENAI | {"openai_input": {**OPENAI["openai_input"], "max_tokens": TOKENS}}
     found: dict[tuple[str, str], list[Job]] = {}
     async with Ring() as started:
         plane = await started.plane()

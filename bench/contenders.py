@@ -38,8 +38,12 @@ TOKENS = 64
 QUESTION = "What happens on a cold worker before the first token?"
 """Its answer has 167 tokens."""
 _MESSAGES = [{"role": "user", "content": QUESTION}]
-NATIVE = {"messages": _MESSAGES, "stream": True, "sampling_params": {"max_tokens": TOKENS, "temperature": 0.0}}
-OPENAI = {
+NATIVE: dict[str, Any] = {
+    "messages": _MESSAGES,
+    "stream": True,
+    "sampling_params": {"max_tokens": TOKENS, "temperature": 0.0},
+}
+OPENAI: dict[str, Any] = {
     "openai_route": "/v1/chat/completions",
     "openai_input": {"messages": _MESSAGES, "stream": True, "max_tokens": TOKENS, "temperature": 0.0},
 }

@@ -270,7 +270,7 @@ async def serve(folder: Path, kind: Kind, scaling: Scaling, concurrency: int) ->
     log = folder / "serve.log"
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", CODE, *options, stderr=file, env=os.environ | PATHS | kind.environ | more,
+            sys.executable, "-c", CODE, *options, stderr=file, env=os.environ | PATHS | dict(kind.environ) | more,
             process_group=0,
         )  # fmt: skip
     try:

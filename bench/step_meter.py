@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 TOKENS = 96
-PREDICTED = {"engine_us": lambda n: 10 + 0.25 * n, "reader_us": lambda _: 60.0}
+PREDICTED: dict[str, Callable[[int], float]] = {"engine_us": lambda n: 10 + 0.25 * n, "reader_us": lambda _: 60.0}
 LIMIT = 0.01
 
 
