@@ -323,7 +323,9 @@ class TestCommand:
         self, places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         write(places[1], [record | {"mean_batch": 1.2} for record in ledger()])
-        assert run(places) == 0
+        page = places[0].with_suffix(".html")
+        assert run(places, "--html", str(page)) == 0
+        assert "<code>coldsnap bench</code> at that load" in page.read_text("utf-8")
         assert re.search(
             r"Batches of up to \d+ requests are foreseen, the ledger's fullest had 1", capsys.readouterr().out
         )

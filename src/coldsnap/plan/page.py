@@ -44,7 +44,7 @@ def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
 
 
 def _code(text: str) -> Markup:
-    return Markup(re.sub(r"`(.*?)`", r"<code>\1</code>", escape(text)))  # noqa: S704 -- escaped before
+    return Markup(re.sub(r"`(.*?)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 -- escaped before
 
 
 def draw(plan: Plan, asked: words.Asked, name: str, width: float) -> str:
