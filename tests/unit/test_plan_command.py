@@ -323,7 +323,9 @@ class TestCommand:
         self, places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
     ) -> None:
         write(places[1], [record | {"mean_batch": 1.2} for record in ledger()])
-        assert run(places) == 0
+        page = places[0].with_suffix(".html")
+        assert run(places, "--html", str(page)) == 0
+        assert "<code>coldsnap bench</code> at that load" in page.read_text("utf-8")
         assert re.search(
             r"Batches of up to \d+ requests are foreseen, the ledger's fullest had 1", capsys.readouterr().out
         )
@@ -346,7 +348,7 @@ class TestCommand:
             full = rate > 1
             assert (point["slots"] > 0.8) == full
             assert (point["slower95"] > 1.3 * point["ttft95"]) == full
-            assert ("Where the p95 at +10% has a !" in said) == full
+            assert ("A ! stands where the p95 is far off" in said) == full
             assert (" s !" in said) == full
             assert f"{point['slots']:.0%}" in said
         target = f"{1000 * (point['ttft95'] + point['slower95']) / 2:.0f}ms"

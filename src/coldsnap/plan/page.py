@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
 import matplotlib as mpl
-from matplotlib.ticker import MaxNLocator
+from markupsafe import Markup, escape
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from coldsnap.plan import words
 from coldsnap.plan.calibration import Calibration
@@ -18,8 +20,8 @@ from coldsnap.report.plots import ACCENT, INK, MUTED, RULE, SECOND, STYLE, figur
 _HOUR = 3600.0
 _WIDTHS = {"wide": 8.4, "narrow": 4.2}
 """Of the plot, for a desk and for a phone, where half the size would leave its words too small to read."""
-_FEW_TICKS = 8.0
-"""A logarithmic axis whose ends are less than this factor apart has ticks as a linear one."""
+_CLOSE, _FAR = 8.0, 1000.0
+"""Logarithmic axes whose ends are less than this factor apart have ticks as linear ones; more, at powers of ten."""
 
 
 def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
@@ -32,12 +34,17 @@ def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
             asked=asked,
             known=known,
             words=words,
+            notes=[_code(note) for note in words.warnings(plan, known, asked)],
             plural=plural,
             rows=list(words.rows(plan, asked)),
             plots=[draw(plan, asked, name, width) for name, width in _WIDTHS.items()],
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
+
+
+def _code(text: str) -> Markup:
+    return Markup(re.sub(r"`(.*?)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 -- escaped before
 
 
 def draw(plan: Plan, asked: words.Asked, name: str, width: float) -> str:
@@ -69,8 +76,11 @@ def draw(plan: Plan, asked: words.Asked, name: str, width: float) -> str:
         axes.margins(0.08, 0.12)
         plain(axes)
         for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            if high < low * _FEW_TICKS:
+            if high < low * _CLOSE:
                 axis.set_major_locator(MaxNLocator(5))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: notation.digits(value, 2)))
+            elif high > low * _FAR:
+                axis.set_major_locator(LogLocator())
         axes.grid(color=RULE)
         axes.set_xlabel("GPU-seconds an hour" if plan.current.usd is None else "dollars an hour")
         axes.set_ylabel("p95 TTFT, seconds")

@@ -16,7 +16,7 @@ _SHOWN_CONTEXT = 1000
 _EXTRAPOLATED = 2.0
 """Batches so many times as full as the ledger's fullest are worth a warning."""
 _SHAKY = 1.3
-"""A p95 that grows by more than this factor when steps take `frontier.SLOWER` times as long is mostly waiting."""
+"""A p95 that changes by more than this factor when steps take `frontier.SLOWER` times as long is mostly waiting."""
 _MARK = "!"
 _HOUR = 3600.0
 _SPANS = (("days", 86_400.0), ("h", _HOUR), ("min", 60.0), ("s", 1.0))
@@ -141,9 +141,9 @@ def warnings(plan: Plan, known: Calibration, asked: Asked) -> list[str]:
         )
     if any(map(shaky, shown)):
         found.append(
-            f"Where the p95 at +10% has a {_MARK}, waiting grows much faster than steps do: near saturation, or where "
-            "a few requests more meet a cold start. Such a p95 is a guess, unless the ledger is of that very load: run "
-            "`coldsnap bench` at it, then plan again."
+            f"A {_MARK} stands where the p95 is far off if steps take 10% longer: near saturation waiting grows much "
+            "faster than steps, and when a worker is added may hang on a single request. Such a p95 is a guess, unless "
+            "the ledger is of that very load: run `coldsnap bench` at it, then plan again."
         )
     if not known.limits_known:
         found.append("The ledger is of an older coldsnap and does not say the engine's limits.")
@@ -152,7 +152,7 @@ def warnings(plan: Plan, known: Calibration, asked: Asked) -> list[str]:
 
 def shaky(point: Point) -> bool:
     """Return whether the p95 hangs on the cost of a step more than steps alone would have it."""
-    return point.slower95 is not None and point.slower95 > _SHAKY * point.ttft95
+    return point.slower95 is not None and not 1 / _SHAKY <= point.slower95 / point.ttft95 <= _SHAKY
 
 
 def _misses(plan: Plan, point: Point) -> bool:
