@@ -122,8 +122,8 @@ async def load(kind: str, generators: dict[str, Any], found: Found, args: argpar
                         sample["ttft_over_server"] = sample["ttft_mean"] / sample["server_ttft"]
                     found.setdefault(server.name, {}).setdefault(name, {}).setdefault(generator, []).append(sample)
                     print(server.name, name, generator, json.dumps(sample), file=sys.stderr, flush=True)
-        if kind == "coldsnap":
-            page(server, home, args.out.with_suffix(".html"))
+        if kind in {"coldsnap", "vllm"}:
+            page(server, home, args.out.with_stem(f"{args.out.stem}-{kind}").with_suffix(".html"))
     shutil.rmtree(home, ignore_errors=True)
 
 
