@@ -9,6 +9,7 @@ from statistics import median
 from coldsnap.plan.calibration import Calibration
 from coldsnap.plan.frontier import Plan, Point
 from coldsnap.plan.simulation import Choice, Traffic
+from coldsnap.plural import plural
 from coldsnap.report.notation import NONE, count, digits, seconds, usd
 
 _SHOWN_CONTEXT = 1000
@@ -101,7 +102,7 @@ def assumed(known: Calibration, asked: Asked) -> list[str]:
         f"times {known.correction:.2f}: then {count(known.requests)} requests of the ledger take as long as they did"
     )
     return [
-        f"Cold start: {cold}, from {len(boots)} boot(s) in the ledger, with what the first job waits longer.",
+        f"Cold start: {cold}, from {plural(len(boots), 'boot')} in the ledger, with what the first job waits longer.",
         f"Engine: {engine}.",
         f"That is the cost of a step as the workers fitted it, {checked} (median error of one: {known.error:.0%}).",
         f"Limits of a step: {speed.sequences} requests, {count(speed.tokens)} tokens, {limits}.",
