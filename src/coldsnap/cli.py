@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = parser
+    if arguments is None:  # the command itself: temporary folders go with it, as they do at Ctrl-C
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for name, (module, summary) in COMMANDS.items():
             command = commands.add_parser(name, help=summary, description=summary)

@@ -211,7 +211,7 @@ class TestCommand:
         assert (current["active"], current["most"], current["idle"], current["concurrency"]) == (0, 3, 5.0, 32)
         said = capsys.readouterr().out
         assert "150 requests in" in said
-        assert "Cold start: 22.5 s (20.5 to 27.5), from 3 boot(s) in the ledger" in said
+        assert "Cold start: 22.5 s (20.5 to 27.5), from 3 boots in the ledger" in said
         assert "$0.00116 a second flex, $0.000930 active, for each of 1 NVIDIA H100 80GB HBM3" in said
         assert re.search(r"^\s*→", said, re.MULTILINE)
         assert re.search(r"^\s*defaults", said, re.MULTILINE)
