@@ -139,7 +139,7 @@ def _from_bucket(
             pulled = pull.pull(offered, folder, setting, say=warn)
             beside |= {"wait_for_snapshot": pulled.waited_seconds, "fetch_snapshot": pulled.seconds}
             if pulled.whole:
-                return Supply("s3", folder, manifest, True, pulled.fetched_bytes, pulled.seconds, beside)
+                return Supply("s3", folder, manifest, True, pulled.fetched_bytes, pulled.seconds, beside=beside)
             found = source, folder
     source, folder = found
     if not announced.done():
