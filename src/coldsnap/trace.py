@@ -149,7 +149,9 @@ def _again(first: _Line, rest: Iterator[_Line]) -> Iterator[_Line]:
 def _number(where: str, fields: Mapping[str, Any], name: str) -> float:
     value = fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_TIME:
-        raise TraceError(f"{where}: {name}: expected a number of at least 0{_most(value, _MOST_TIME)}, found {_said(fields, name)}")
+        raise TraceError(
+            f"{where}: {name}: expected a number of at least 0{_most(value, _MOST_TIME)}, found {_said(fields, name)}"
+        )
     return float(value)
 
 

@@ -19,9 +19,25 @@ from coldsnap.testing import ControlPlane, JobFailed
 
 from .conftest import Boot
 from .worker import (
-    BOOT_SECONDS, CORPUS, EMOJI_ONLY, LONG, MANIFEST, MODEL, ROOT, SNAPSHOT, STEADY, Ended, environment, eventually, group,
-    run_handler, scratch, text, took, user,
-)  # fmt: skip
+    BOOT_SECONDS,
+    CORPUS,
+    EMOJI_ONLY,
+    LONG,
+    MANIFEST,
+    MODEL,
+    ROOT,
+    SNAPSHOT,
+    STEADY,
+    Ended,
+    environment,
+    eventually,
+    group,
+    run_handler,
+    scratch,
+    text,
+    took,
+    user,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -150,9 +166,9 @@ async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_
         assert (process.returncode, out, err) == (128 + signum, b"", b"")
         await eventually(lambda: not group(process.pid), 5)
         left = [path.name for path in temporary.iterdir() if not path.is_dir()]
-        assert [name for name in left if not name.startswith("vllm_dist_")] == []  # that one is vLLM's, and unnamed to us
-
-
+        assert [
+            name for name in left if not name.startswith("vllm_dist_")
+        ] == []  # that one is vLLM's, and unnamed to us
 
 
 async def refused(plane: ControlPlane, home: Path, cwd: Path, **environ: str) -> Ended:

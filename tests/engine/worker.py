@@ -48,7 +48,7 @@ def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for a worker's temporary files: one that is killed leaves some. Its path is short, as a socket's must be."""
+    """A folder for a worker's temporary files: one that is killed leaves some. A socket's path must be short."""
     with tempfile.TemporaryDirectory(prefix="worker-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
