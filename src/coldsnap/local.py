@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,8 +85,7 @@ class View:
     def chunk(self, chunk: Chunk) -> Chunk:
         """Print a chunk's text as it comes, and return the chunk."""
         text = chunk if isinstance(chunk, str) else chunk.get("text", "")
-        sys.stdout.write(text if isinstance(text, str) else "")
-        sys.stdout.flush()
+        self._write(text if isinstance(text, str) else "")
         return chunk
 
     def end(self, chunks: list[Chunk], cold_start: ColdStart, records: list[str], *, written: bool = True) -> None:
@@ -128,7 +128,15 @@ class View:
         self._line(f"\n── {text} " + "─" * max(3, 76 - len(text)))
 
     def _line(self, text: str) -> None:
-        print(text, flush=True)  # noqa: T201
+        self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough; the job runs on, and its records are kept
+            with open(os.devnull, "w") as nowhere:  # noqa: PTH123 -- what is left to write must go somewhere
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _bar(begin: float, seconds: float, total: float, width: int = 48) -> str:

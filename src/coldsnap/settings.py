@@ -194,7 +194,8 @@ class Settings(BaseModel):
             found = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
             secret = {name for field in cls.model_fields.values() if not field.repr for name in _variables(field)}
             shown = "another value" if first["loc"][0] in secret else f"{found!r:.200}"
-            raise SettingsError(f"{first['loc'][0]}: {first['msg']}, found {shown}") from error
+            wrong = first["msg"].removeprefix("Value error, ")
+            raise SettingsError(f"{first['loc'][0]}: {wrong}, found {shown}") from error
 
     @classmethod
     def others(cls, environ: Mapping[str, str]) -> dict[str, str]:

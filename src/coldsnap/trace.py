@@ -22,6 +22,9 @@ from coldsnap.errors import TraceError
 from coldsnap.plural import plural
 
 _GZIP = b"\x1f\x8b"
+_MOST_TIME = 1e13
+_MOST_TOKENS = 10_000_000
+"""What is above is a slip, and would be simulated or sent for ever."""
 _SHOWN = 60
 """Characters of a wrong value that an error repeats."""
 
@@ -145,16 +148,23 @@ def _again(first: _Line, rest: Iterator[_Line]) -> Iterator[_Line]:
 
 def _number(where: str, fields: Mapping[str, Any], name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise TraceError(f"{where}: {name}: expected a number of at least 0, found {_said(fields, name)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_TIME:
+        raise TraceError(
+            f"{where}: {name}: expected a number of at least 0{_most(value, _MOST_TIME)}, found {_said(fields, name)}"
+        )
     return float(value)
 
 
 def _tokens(where: str, fields: Mapping[str, Any], name: str, least: int = 1) -> int:
     value = fields.get(name)
-    if type(value) is not int or value < least:
-        raise TraceError(f"{where}: {name}: expected a whole number of at least {least}, found {_said(fields, name)}")
+    if type(value) is not int or not least <= value <= _MOST_TOKENS:
+        wanted = f"a whole number of at least {least}{_most(value, _MOST_TOKENS)}"
+        raise TraceError(f"{where}: {name}: expected {wanted}, found {_said(fields, name)}")
     return value
+
+
+def _most(value: Any, most: float) -> str:
+    return f" and at most {most:,.0f}" if isinstance(value, int | float) and value > most else ""
 
 
 def _moment(where: str, fields: Mapping[str, Any]) -> float:

@@ -54,5 +54,6 @@ def first_complaint(error: Exception) -> str:
     errors = getattr(error, "errors", None)
     if callable(errors) and (found := errors()):  # pydantic's
         where = ".".join(str(part) for part in found[0]["loc"])
-        return f"{where}: {found[0]['msg']}" if where else str(found[0]["msg"])
+        what = str(found[0]["msg"]).removeprefix("Value error, ")
+        return f"{where}: {what}" if where else what
     return " ".join(str(error).split()) or type(error).__name__

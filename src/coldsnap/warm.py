@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coldsnap import bundle
+from coldsnap import bundle, processes
 from coldsnap.boot import Booted, boot
 from coldsnap.engine import Engine, Generation, Meter
 from coldsnap.errors import CommandError
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
     timeline = Timeline()
     timeline.mark("python")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    processes.end_at_signals()
     booted = boot(settings, timeline, os.environ)
     try:
         asyncio.run(_some_tokens(booted.engine))

@@ -40,7 +40,7 @@ from .worker import (
     text,
     took,
     user,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

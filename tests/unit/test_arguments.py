@@ -292,6 +292,7 @@ class TestBlame:
         for message, origin in (
             ("User-specified max_model_len (9) is too large", "MAX_MODEL_LEN"),
             ("use a smaller --max-model-len", "MAX_MODEL_LEN"),
+            ("4 heads cannot be divided by the max model len (9)", "MAX_MODEL_LEN"),
             ("max_num_seqs must be positive", "coldsnap.json: engine_args.max_num_seqs"),
         ):
             assert arguments.blame(parsed, message) == f"{origin}: {message}"

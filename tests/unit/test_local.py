@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,15 @@ async def test_a_refused_job_is_shown_with_its_error(
     assert InvalidInput.type in text
     assert '"error":"BadRequestError"' in text.splitlines()[-1]
     assert orjson.loads(text.splitlines()[-1])["completion_tokens"] == 0
+
+
+async def test_a_reader_that_has_read_enough_ends_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.read({"COLDSNAP_LEDGER_DIR": str(here)})
+    info = EngineInfo("0.32.0", "fake GPU", 1, ("demo",), 512)
+    view = local.View(Booted(FakeEngine(info=info), settings, Timeline(), None))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        view.begin({"input": {"prompt": "Hello"}})
+        view.chunk({"text": "more"})

@@ -124,6 +124,7 @@ def test_a_wrong_value_is_named_with_what_would_be_right(name: str, value: str, 
         Settings.read({name: value})
     assert raised.value.message.startswith(f"{name}: ")
     assert right in raised.value.message
+    assert "Value error" not in raised.value.message
     assert raised.value.message.endswith(f"found {value!r}")
 
 

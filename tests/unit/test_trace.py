@@ -79,6 +79,11 @@ def test_what_is_read_before_a_wrong_line_is_yielded_before_its_error(tmp_path: 
         (({},), ", line 1: .*; found no fields"),
         ((OWN, {"time": 2, "prompt_tokens": 1}), ", line 2: output_tokens: .* of at least 1, found no such field"),
         (({**OWN, "time": None},), ", line 1: time: expected a number of at least 0, found None"),
+        (({**OWN, "time": 1e300},), ", line 1: time: expected .* and at most 10,000,000,000,000, found 1e"),
+        (
+            ({**OWN, "prompt_tokens": 10**12},),
+            ", line 1: prompt_tokens: .* and at most 10,000,000, found 1000000000000",
+        ),
         (({"prompt_tokens": 1, "output_tokens": 1},), ", line 1: time: .*, found no such field"),
         (({**OWN, "time": True},), ", line 1: time: expected a number of at least 0, found True"),
         (({**OWN, "time": -1},), ", line 1: time: expected a number of at least 0, found -1"),

@@ -176,7 +176,10 @@ def _notes(about: Row, spent: Row) -> list[str]:
         )
     if spent["unpriced"]:
         gpus = ", ".join(about["unpriced_gpus"] or ["the GPU"])
-        found.append(f"No price for {gpus}: set GPU_PRICE_PER_SECOND on the endpoint to have dollars.")
+        found.append(
+            f"No price for {gpus}: set GPU_PRICE_PER_SECOND on the endpoint to have dollars. Records from before stay "
+            "without, and with them every sum; --since leaves them out."
+        )
     if unwritten := spent["unwritten"]:
         found.append(f"{unwritten} records did not get onto their workers' disks: they are missing here.")
     if estimated := about["estimated"]:
