@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from coldsnap.engine import Generation, HttpRequest, Meter, Usage
-from coldsnap.errors import InvalidInput, RouteNotFound, SettingsError
+from coldsnap.errors import InvalidInput, NotFound, SettingsError
 from coldsnap.plan.batch import Speed
 from coldsnap.plan.simulation import Traffic
 from coldsnap.settings import Settings
@@ -168,7 +168,7 @@ async def test_what_it_cannot_do_is_said(prompt: str, asked: object, said: str) 
     engine = TimedEngine(TIMING, 0.0, lambda _: None, asyncio.get_running_loop().time)
     with pytest.raises(InvalidInput, match=said):
         await anext(engine.generate(Generation("1", prompt=prompt, sampling={"max_tokens": asked}), Meter()))
-    with pytest.raises(RouteNotFound, match="/v1/models: a timed engine serves native jobs only"):
+    with pytest.raises(NotFound, match="/v1/models: a timed engine serves native jobs only"):
         engine.http(HttpRequest("GET", "/v1/models"), Meter())
     assert engine.usage().spent == 0
     engine.close()
