@@ -45,8 +45,9 @@ except BaseException:  # as vLLM does
 
 
 COMMAND = """
-import sys, tempfile, time, types
+import signal, sys, tempfile, time, types
 from coldsnap import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
 def run(options):
     with tempfile.TemporaryDirectory(dir=sys.argv[2]):
         print("at work", flush=True)
