@@ -45,8 +45,9 @@ except BaseException:  # as vLLM does
 
 
 COMMAND = """
-import sys, tempfile, time, types
+import signal, sys, tempfile, time, types
 from coldsnap import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
 def run(options):
     with tempfile.TemporaryDirectory(dir=sys.argv[2]):
         print("at work", flush=True)
@@ -90,18 +91,21 @@ def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_boot_ends_it_at_once_and_leaves_nothing(tmp_path: Path, signum: signal.Signals) -> None:
     environ = {"PYTHONPATH": str(ROOT / "src")}
-    names = str(tmp_path / "steps"), str(tmp_path / "socket")
-    with subprocess.Popen(
-        [sys.executable, "-c", BOOTING, *names], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as boot:
+    names = str(tmp_path / "coldsnap-steps"), str(tmp_path / "socket")
+    stdin = tmp_path / "theirs"
+    os.mkfifo(stdin)
+    with stdin.open("r+b", 0) as theirs, subprocess.Popen(
+        [sys.executable, "-c", BOOTING, *names], env=environ, stdin=theirs, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as boot:  # fmt: skip
         assert boot.stdout is not None
         assert boot.stdout.readline() == "booting\n"
         (child,) = processes.children(boot.pid)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["socket", "steps"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["coldsnap-steps", "socket", "theirs"]
         boot.send_signal(signum)
         assert boot.communicate() == ("", "")
     assert boot.returncode == 128 + signum
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [stdin]
     assert has_ended(child)
 
 

@@ -48,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("coldsnap"):
             raise
-        command = f"coldsnap {given[0]}"
-        what = f"{command} needs {error.name}, which is not here; scripts/setup.sh installs it, an image goes without"
-        print(f"coldsnap: {what}", file=sys.stderr)  # noqa: T201
+        what = f"coldsnap {given[0]} needs {error.name}, which is not here"
+        print(f"coldsnap: {what}; scripts/setup.sh installs it, an image goes without", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
         return 130

@@ -18,6 +18,8 @@ from typing import NoReturn
 
 _SHARED = re.compile(r"/dev/shm/psm_\w+")  # noqa: S108 -- Python chooses the place
 """Python's own names for shared memory."""
+PIPE = "coldsnap-"
+"""How the name of a step meter's pipe begins: any other may be what somebody redirected our output to."""
 
 
 def children(pid: int) -> Iterator[int]:
@@ -69,7 +71,7 @@ def _files(pid: int) -> Iterator[str]:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as what this list was read through
                 opened.add(link.readlink())
-        yield from (str(path) for path in opened if path.is_fifo())
+        yield from (str(path) for path in opened if path.name.startswith(PIPE) and path.is_fifo())
         sockets = {path.name for path in opened}
         for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
             inode, *path = line.split(maxsplit=7)[6:]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldsnap.ledger import DECODE, Step
+from coldsnap.processes import PIPE
 from coldsnap.step_meter import BROKEN, EVENT, HEADER
 
 _PIPE_BYTES = 1 << 20
@@ -42,7 +43,7 @@ class StepReader:
 
     def __init__(self, on_frame: Callable[[Frame], None]) -> None:
         self._on_frame = on_frame
-        self.path = str(Path(tempfile.gettempdir(), f"coldsnap-{uuid4().hex}"))
+        self.path = str(Path(tempfile.gettempdir(), f"{PIPE}{uuid4().hex}"))
         """For the engine's environment."""
         os.mkfifo(self.path, 0o600)
         self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)  # a writer too: no end of file between others
