@@ -23,8 +23,8 @@ from aiohttp import web
 from serving import KEY, ROOT, Serve, until
 
 from coldsnap.errors import Refused, ServeError
-from coldsnap.platform.boots import reason
 from coldsnap.platform.api import Api
+from coldsnap.platform.boots import reason
 from coldsnap.platform.control_plane import ControlPlane
 from coldsnap.platform.endpoint import Endpoint, status
 from coldsnap.platform.fleet import Fleet
