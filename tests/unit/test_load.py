@@ -441,5 +441,5 @@ def test_a_page_needs_nothing_from_elsewhere_and_escapes_what_a_server_said() ->
     assert "http://h/v1" in text
     assert "src=" not in text
     assert "url(http" not in text
-    for plot in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
-        assert re.findall(r"#[0-9a-f]{6}\b", plot) == []  # a colour that does not follow light and dark
+    for image in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert re.findall(r"#[0-9a-f]{6}\b", image) == []  # a colour that does not follow light and dark

@@ -396,8 +396,8 @@ class TestCommand:
         assert len(ids) == len(set(ids))
         assert {ref for ref in re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', html) for ref in ref if ref} <= set(ids)
         assert html.count("<svg") == 5
-        for drawn in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
-            assert re.findall(r"#[0-9a-f]{6}\b", drawn) == []  # a colour that does not follow light and dark
+        for image in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+            assert re.findall(r"#[0-9a-f]{6}\b", image) == []  # a colour that does not follow light and dark
         assert "currentColor" in html
         assert "prefers-color-scheme: dark" in html
         assert "&lt;script&gt;" in html
