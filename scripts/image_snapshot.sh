@@ -2,9 +2,11 @@
 # Puts an image's snapshot under its name in snapshots/: the one in /given, or one baked from MODEL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-name=$1 model=$2 revision=$3 scheme=$4
 
 die() { echo "coldsnap: $*" >&2; exit 1; }
+
+[ $# = 4 ] || die "expected NAME MODEL REVISION SCHEME, found $# arguments; MODEL may be empty"
+name=$1 model=$2 revision=$3 scheme=$4
 
 [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "SNAPSHOT: expected a folder's name, without slashes; found '$name'"
 if [ -n "$model" ]; then
