@@ -214,13 +214,13 @@ def say(message: str) -> None:
 
 def check(work: Path) -> None:
     buildah = Buildah(work)
-    free = shutil.disk_usage(work).free >> 30
-    if free < ROOM[buildah.driver]:
-        raise Failed(
-            f"needs {ROOM[buildah.driver]} GB in {work.parent}, where {free} GB are free; "
-            "make room, or name another folder by IMAGE_CHECK_TMP"
-        )
     try:
+        free = shutil.disk_usage(work).free >> 30
+        if free < ROOM[buildah.driver]:
+            raise Failed(
+                f"needs {ROOM[buildah.driver]} GB in {work.parent}, where {free} GB are free; "
+                "make room, or name another folder by IMAGE_CHECK_TMP"
+            )
         say("making a Debian base")
         base = make_base(buildah, work)
         say("building the image")
