@@ -58,5 +58,9 @@ async def test_jobs_are_answered_and_every_second_is_somebodys(tmp_path: Path) -
 
 
 def test_it_needs_no_vllm() -> None:
-    code = "import sys; sys.modules['vllm'] = None; import coldsnap.testing.timed_engine, coldsnap.worker"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+    code = (
+        "import sys; sys.modules['vllm'] = None; import coldsnap.testing.timed_engine, coldsnap.worker; print('here')"
+    )
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr

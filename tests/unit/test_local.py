@@ -193,4 +193,5 @@ async def test_a_reader_that_has_read_enough_ends_nothing(here: Path, monkeypatc
     with os.fdopen(writer, "w") as nobody:
         monkeypatch.setattr(sys, "stdout", nobody)
         view.begin({"input": {"prompt": "Hello"}})
-        view.chunk({"text": "more"})
+        assert view.chunk({"text": "more"}) == {"text": "more"}
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))  # noqa: PTH116 -- of a descriptor too
