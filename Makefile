@@ -36,7 +36,7 @@ image-check: ## build the CPU image, run the demo job in it, search it for secre
 desk-check: ## test `coldsnap serve` with a browser and Prometheus, installed where missing (root)
 	@scripts/setup.sh test
 	@scripts/desk_tools.sh
-	@$(py) -m pytest -q tests/desk
+	@$(py) -m pytest -q tests/programs
 
 format: ## format, and fix what ruff can fix
 	@scripts/setup.sh test
@@ -45,7 +45,7 @@ format: ## format, and fix what ruff can fix
 
 schema: ## write docs/records.schema.json again
 	@mkdir -p docs
-	@PYTHONPATH=src $(py) -m coldsnap.records >docs/records.schema.json
+	@PYTHONPATH=src $(py) -m coldsnap.records.schema >docs/records.schema.json
 
 env: ## write .env.example again
 	@$(py) scripts/env_example.py >.env.example

@@ -1,7 +1,7 @@
 """The worker's entry point: boot the engine from its snapshot, then serve jobs.
 
 On Runpod the jobs come from the endpoint; elsewhere one job comes from `--test_input` or test_input.json.
-Read on in `src/coldsnap/boot.py`, `job.py` and `ledger.py`.
+Read on in `src/coldsnap/boot.py`, `jobs/job.py` and `cost/shares.py`.
 """
 
 import sys

@@ -60,8 +60,10 @@ async def serve(llm: Any, make: Any) -> None:
 
 def main() -> None:
     """Boot the engine and serve."""
-    from coldsnap import snapshot, vllm_engine, vllm_release
     from coldsnap.settings import Settings
+    from coldsnap.snapshot import manifest as snapshot
+    from coldsnap.vllm import engine as vllm_engine
+    from coldsnap.vllm import release as vllm_release
 
     folder = Settings.read(os.environ).snapshot()
     assert folder is not None

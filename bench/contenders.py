@@ -30,8 +30,8 @@ import aiohttp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from coldsnap import snapshot  # noqa: E402
 from coldsnap.settings import Settings  # noqa: E402
+from coldsnap.snapshot import manifest as snapshot  # noqa: E402
 from coldsnap.testing import ControlPlane, Job  # noqa: E402
 
 TOKENS = 64
@@ -265,7 +265,7 @@ class Ring(contextlib.AsyncExitStack):
 
     async def peer(self, plane: ControlPlane, checkout: Path) -> int:
         """Start worker-vllm; its `vllm` command does not exist with the CPU build, so one is made."""
-        from coldsnap import vllm_release
+        from coldsnap.vllm import release as vllm_release
 
         folder, arguments = baked()
         environ = self._environ | plane.environment() | vllm_release.environment(os.environ, arguments)

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
 from coldstart import Boot, ours  # noqa: E402
 
-from coldsnap import snapshot  # noqa: E402
+from coldsnap.snapshot import manifest as snapshot  # noqa: E402
 
 DEMO = ROOT / "snapshots" / "demo"
 SHAPES: dict[str, dict[str, int]] = {

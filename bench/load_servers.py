@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 from coldstart import base, start, stop  # noqa: E402
 from contenders import healthy  # noqa: E402
 
-from coldsnap import snapshot  # noqa: E402
 from coldsnap.settings import Settings  # noqa: E402
+from coldsnap.snapshot import manifest as snapshot  # noqa: E402
 
 PROMPT, OUTPUT = 128, 64
 PACED_FIRST, PACED_NEXT = 0.03, 0.005

@@ -229,8 +229,9 @@ def s3(folder: Path, rounds: int, extra: str) -> None:
 
 def stream(uri: str) -> None:
     """Boot the worker's engine with weights straight from a bucket, which the worker itself does not offer."""
-    from coldsnap import vllm_engine, vllm_release
     from coldsnap.timeline import Timeline
+    from coldsnap.vllm import engine as vllm_engine
+    from coldsnap.vllm import release as vllm_release
 
     timeline = Timeline()
     os.environ.update(vllm_release.environment(os.environ, ENGINE))

@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT / "src"))
 
-from coldsnap import trace  # noqa: E402
-from coldsnap.plan import calibration  # noqa: E402
-from coldsnap.plan.simulation import Choice, Traffic, simulate  # noqa: E402
-from coldsnap.platform.scaler import Scaling  # noqa: E402
+from coldsnap.desk import trace  # noqa: E402
+from coldsnap.desk.plan import calibration  # noqa: E402
+from coldsnap.desk.plan.simulation import Choice, Traffic, simulate  # noqa: E402
+from coldsnap.desk.serve.scaler import Scaling  # noqa: E402
 
 KEY = "rpa_check"
 CODE = "import sys; from coldsnap.cli import main; sys.exit(main())"

@@ -28,10 +28,10 @@ from builder.quantise import CALIBRATED, copy, fit, quantise, readable  # noqa: 
 from builder.source import Folder, Origin, Repository, room  # noqa: E402
 from builder.stages import Report, Stages, size_of  # noqa: E402
 from builder.versions import versions  # noqa: E402
-from coldsnap import push  # noqa: E402
-from coldsnap.bake import AS_IS, configure  # noqa: E402
+from coldsnap.desk.bake import AS_IS, configure  # noqa: E402
 from coldsnap.errors import BakeError, ColdsnapError  # noqa: E402
-from coldsnap.snapshot import (  # noqa: E402
+from coldsnap.snapshot import push  # noqa: E402
+from coldsnap.snapshot.manifest import (  # noqa: E402
     Bake,
     Manifest,
     Quality,

@@ -31,7 +31,7 @@ from builder.checkpoint import Checkpoint  # noqa: E402 (the path is set above)
 from builder.quantise import quantise, readable  # noqa: E402
 from builder.schemes import left_alone  # noqa: E402
 from builder.versions import versions  # noqa: E402
-from coldsnap.snapshot import Quantization, Source, write_manifest  # noqa: E402
+from coldsnap.snapshot.manifest import Quantization, Source, write_manifest  # noqa: E402
 
 PAD, START, END = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")

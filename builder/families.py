@@ -27,7 +27,7 @@ from builder.bake import bake  # noqa: E402 (the path is set above)
 from builder.gate import Unmeasurable, load  # noqa: E402
 from builder.quantise import quiet  # noqa: E402
 from builder.versions import versions  # noqa: E402
-from coldsnap.bake import AS_IS, SCHEMES, configure  # noqa: E402
+from coldsnap.desk.bake import AS_IS, SCHEMES, configure  # noqa: E402
 from coldsnap.errors import BakeError  # noqa: E402
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -19,8 +19,10 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from coldsnap import snapshot, vllm_engine, vllm_release  # noqa: E402 (src is put on the path above)
 from coldsnap.errors import BootError  # noqa: E402
+from coldsnap.snapshot import manifest as snapshot  # noqa: E402
+from coldsnap.vllm import engine as vllm_engine  # noqa: E402
+from coldsnap.vllm import release as vllm_release  # noqa: E402
 
 
 def differing(labels: dict[str, str], found: dict[str, str]) -> list[str]:

@@ -20,7 +20,7 @@ from blake3 import blake3
 from builder.checkpoint import Checkpoint
 from builder.quantise import quiet
 from coldsnap.errors import BakeError
-from coldsnap.snapshot import Quality
+from coldsnap.snapshot.manifest import Quality
 
 DEFAULT_TEXT = Path(__file__).with_name("gate_text.txt")
 _WINDOW = 256

@@ -12,7 +12,7 @@ from typing import Any
 
 from builder.checkpoint import CONFIG, INDEX, Checkpoint
 from coldsnap.errors import BakeError
-from coldsnap.snapshot import Quantization
+from coldsnap.snapshot.manifest import Quantization
 
 _PRESETS = {"fp8-dynamic": "FP8_DYNAMIC", "w8a8": "W8A8", "w4a16": "W4A16"}
 _PRESET_GROUP = 128

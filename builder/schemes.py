@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from builder.checkpoint import Checkpoint, Tensor
-from coldsnap.bake import AS_IS, GROUP_SIZES, SCHEMES
+from coldsnap.desk.bake import AS_IS, GROUP_SIZES, SCHEMES
 from coldsnap.errors import BakeError
 
 BITS = {"fp8-dynamic": 8, "w8a8": 8, "w4a16": 4}

@@ -16,7 +16,7 @@ from builder.checkpoint import Checkpoint
 from builder.hub import Pinned, fetch, pin
 from builder.stages import Stages, size_of
 from coldsnap.errors import BakeError
-from coldsnap.snapshot import MANIFEST, Source, load_manifest
+from coldsnap.snapshot.manifest import MANIFEST, Source, load_manifest
 
 _READ_BYTES = 8 << 20
 

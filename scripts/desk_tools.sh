@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The programs that the tests in tests/desk need beside .venv: Debian packages, installed where they are missing.
+# The programs that the tests in tests/programs need beside .venv: Debian packages, installed where they are missing.
 set -euo pipefail
 # command -> package
 declare -A package=([chromium]=chromium [prometheus]=prometheus [prometheus-pushgateway]=prometheus-pushgateway)

@@ -25,7 +25,7 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from coldsnap.snapshot import load_manifest  # noqa: E402 (src is put on the path above)
+from coldsnap.snapshot.manifest import load_manifest  # noqa: E402 (src is put on the path above)
 
 SUITE = "bookworm"
 PACKAGES = {"buildah": "buildah", "debootstrap": "debootstrap", "unshare": "util-linux", "ip": "iproute2"}
@@ -156,7 +156,7 @@ def ask(buildah: Buildah) -> None:
 def _compiled_anew(buildah: Buildah, container: str) -> list[str]:
     """Return the sources that a boot has to compile, because the image holds no bytecode that fits them."""
     code = (
-        "import os, coldsnap.worker, runpod; from coldsnap import vllm_engine as engine;"
+        "import os, coldsnap.worker, runpod; from coldsnap.vllm import engine;"
         "engine.load(os.environ); engine.load_http()"
     )
     python = ["env", "PYTHONPATH=/app/src", "VLLM_LOGGING_LEVEL=ERROR", "python", "-v", "-c", code]

@@ -21,6 +21,6 @@ else
             "name the MODEL to bake it from"
     mkdir -p snapshots && cp -R "/given/$name" snapshots/
 fi
-read_digest='import sys; from pathlib import Path; from coldsnap.snapshot import load_manifest
+read_digest='import sys; from pathlib import Path; from coldsnap.snapshot.manifest import load_manifest
 print(load_manifest(Path(sys.argv[1])).digest)'
 PYTHONPATH=src .venv/bin/python -c "$read_digest" "snapshots/$name" >"snapshots/$name.digest"

@@ -9,7 +9,7 @@ import boto3
 import hypothesis
 import pytest
 
-from coldsnap.s3 import Place
+from coldsnap.foundation.s3 import Place
 
 hypothesis.settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's business
 hypothesis.settings.load_profile("patient")

@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldsnap import arguments, caches, fitness, sources, vllm_engine, vllm_release
-from coldsnap.caches import OFF, Cached, Caches
+from coldsnap import fitness
+from coldsnap.caches import boot_caches as caches
+from coldsnap.caches.boot_caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
-from coldsnap.records import ColdStart, origin
+from coldsnap.records.schema import ColdStart, origin
 from coldsnap.settings import Settings
-from coldsnap.snapshot import Manifest
-from coldsnap.sources import HUB, Supply
+from coldsnap.snapshot import sources
+from coldsnap.snapshot.manifest import Manifest
+from coldsnap.snapshot.sources import HUB, Supply
 from coldsnap.timeline import Timeline
+from coldsnap.vllm import arguments
+from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import release as vllm_release
 
 
 @dataclass(frozen=True, slots=True)

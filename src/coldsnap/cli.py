@@ -18,17 +18,17 @@ from collections.abc import Mapping, Sequence
 from coldsnap.errors import ColdsnapError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "bake": ("coldsnap.bake", "Turn a model into a verified, quantised snapshot."),
-    "report": ("coldsnap.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
+    "bake": ("coldsnap.desk.bake", "Turn a model into a verified, quantised snapshot."),
+    "report": ("coldsnap.desk.report.command", "What requests cost, out of ledgers: tables, and a page with plots."),
     "plan": (
-        "coldsnap.plan.command",
+        "coldsnap.desk.plan.command",
         "Which workers and timeouts to choose for a trace: cost against time to first token.",
     ),
-    "push": ("coldsnap.push", "Send a snapshot to a bucket that workers boot from."),
-    "pull": ("coldsnap.pull", "Fetch a snapshot from a bucket."),
+    "push": ("coldsnap.snapshot.push", "Send a snapshot to a bucket that workers boot from."),
+    "pull": ("coldsnap.snapshot.pull", "Fetch a snapshot from a bucket."),
     "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
-    "serve": ("coldsnap.platform.serve", "Run a Runpod endpoint on this machine."),
-    "bench": ("coldsnap.load.command", "Load an endpoint: latency, throughput, goodput, errors, cost."),
+    "serve": ("coldsnap.desk.serve.command", "Run a Runpod endpoint on this machine."),
+    "bench": ("coldsnap.desk.bench.command", "Load an endpoint: latency, throughput, goodput, errors, cost."),
 }
 """Name -> module, and what it does in one line."""
 

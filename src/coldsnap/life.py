@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from coldsnap import prices, timeline
-from coldsnap.books import Books
+from coldsnap import timeline
 from coldsnap.boot import Booted
+from coldsnap.cost import prices
+from coldsnap.cost.books import Books
+from coldsnap.cost.revival import Clocks, Watch
 from coldsnap.engine import Usage
-from coldsnap.records import ColdStart, Sink, Worker, origin, stamps
-from coldsnap.revival import Clocks, Watch
+from coldsnap.records.schema import ColdStart, Sink, Worker, origin, stamps
 
 TICK_SECONDS = 1.0
 """How far apart the calls of `tick` are."""

@@ -12,8 +12,8 @@ import orjson
 
 from coldsnap.boot import Booted
 from coldsnap.errors import SettingsError
-from coldsnap.job import Chunk
-from coldsnap.records import LEDGER, ColdStart
+from coldsnap.jobs.job import Chunk
+from coldsnap.records.schema import LEDGER, ColdStart
 from coldsnap.settings import ROOT
 
 _FLAG = "--test_input"

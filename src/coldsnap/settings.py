@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from coldsnap.errors import SettingsError
-from coldsnap.s3 import Place
+from coldsnap.foundation.s3 import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 """The clone, or the image's /app: the folder that holds handler.py."""

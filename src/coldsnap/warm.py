@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coldsnap import bundle, processes
+from coldsnap import processes
 from coldsnap.boot import Booted, boot
+from coldsnap.caches import bundle
 from coldsnap.engine import Engine, Generation, Meter
 from coldsnap.errors import CommandError
 from coldsnap.settings import Settings

@@ -11,19 +11,21 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from coldsnap import dispatch, local, post, processes, vllm_engine
-from coldsnap.background import Background
+from coldsnap import local, processes
 from coldsnap.boot import Booted, boot
-from coldsnap.caches import Healing
-from coldsnap.egress import Egress
+from coldsnap.caches.boot_caches import Healing
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
-from coldsnap.job import Jobs
+from coldsnap.foundation.background import Background
+from coldsnap.jobs import dispatch, post
+from coldsnap.jobs.egress import Egress
+from coldsnap.jobs.job import Jobs
 from coldsnap.life import TICK_SECONDS, Life
-from coldsnap.metrics import Metrics, Push
-from coldsnap.records import Sink
+from coldsnap.records.metrics import Metrics, Push
+from coldsnap.records.schema import Sink
+from coldsnap.records.upload import Upload
 from coldsnap.settings import Settings
 from coldsnap.timeline import Timeline
-from coldsnap.upload import Upload
+from coldsnap.vllm import engine as vllm_engine
 
 _SDK_ENVIRONMENT: Mapping[str, str] = {
     # The default, DEBUG, prints every chunk with its text, and the job URL with its credentials.

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from serving import KEY, Serve
 
-from coldsnap import trace
+from coldsnap.desk import trace
+from tests.loopback.desk.serving import KEY, Serve
 
 from .worker import MODEL, ROOT, environment
 

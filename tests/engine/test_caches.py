@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from coldsnap import bundle
-from coldsnap.s3 import Bucket, Place
+from coldsnap.caches import bundle
+from coldsnap.foundation.s3 import Bucket, Place
 
 from .conftest import Boot
 from .worker import CORPUS, EMOJI_ONLY, ROOT, SNAPSHOT, Worker, environment, eventually, text

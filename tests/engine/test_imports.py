@@ -13,7 +13,7 @@ from .worker import ROOT
 
 LOAD = """
 import json, os, sys
-from coldsnap import vllm_engine, vllm_release
+from coldsnap.vllm import engine as vllm_engine, release as vllm_release
 os.environ.update(vllm_release.environment(os.environ, {"enforce_eager": EAGER}))
 finders = list(sys.meta_path)
 vllm_engine.load(os.environ)

@@ -22,7 +22,7 @@ import pytest
 import pytest_asyncio
 
 from coldsnap import cli
-from coldsnap.report import figures, source, store
+from coldsnap.desk.report import figures, source, store
 from coldsnap.testing import Job, JobFailed
 
 from .worker import MODEL, Worker, user

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from coldsnap.snapshot import Quantization, Source, write_manifest
+from coldsnap.snapshot.manifest import Quantization, Source, write_manifest
 from coldsnap.testing import ControlPlane, JobFailed
 
 from .conftest import Boot

@@ -15,7 +15,8 @@ import pytest
 import pytest_asyncio
 import runpod
 from runpod.endpoint import runner
-from serving import KEY, Serve, until
+
+from tests.loopback.desk.serving import KEY, Serve, until
 
 from .worker import CORPUS, EMOJI_ONLY, MODEL, ROOT, STEADY, environment, text, user
 

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
-from coldsnap.s3 import Bucket, Place
+from coldsnap.foundation.s3 import Bucket, Place
 
 from .conftest import Boot
 from .worker import CORPUS, text

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from coldsnap.push import push
-from coldsnap.s3 import Bucket, Place
-from coldsnap.snapshot import MANIFEST as NAME
-from coldsnap.snapshot import load_manifest, verify
+from coldsnap.foundation.s3 import Bucket, Place
+from coldsnap.snapshot.manifest import MANIFEST as NAME
+from coldsnap.snapshot.manifest import load_manifest, verify
+from coldsnap.snapshot.push import push
 from coldsnap.testing import ControlPlane, Exchange, Fault, FaultyProxy
 
 from .conftest import Boot

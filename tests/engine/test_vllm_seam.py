@@ -13,9 +13,12 @@ from typing import Any
 import jinja2
 import pytest
 
-from coldsnap import arguments, routes, sampling, vllm_engine, vllm_release
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput, JobError, RouteRefused
-from coldsnap.pace import Pace, PacedQueue, PacedRequest
+from coldsnap.jobs import routes
+from coldsnap.vllm import arguments, sampling
+from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import release as vllm_release
+from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
 
 from .worker import MANIFEST, ROOT, SNAPSHOT
 
@@ -291,7 +294,7 @@ def test_one_module_imports_vllm_and_one_the_sdk() -> None:
                 names = [node.module]
             for name in names:
                 importers.get(name.partition(".")[0], set()).add(path.name)
-    assert importers["vllm"] == {"vllm_engine.py"}
+    assert importers["vllm"] == {"vllm/engine.py"}
     assert importers["runpod"] == {"worker.py"}
     assert len(importers["boto3"]) <= 1
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import pytest
 
 from coldsnap.processes import children
-from coldsnap.snapshot import load_manifest
+from coldsnap.snapshot.manifest import load_manifest
 from coldsnap.testing import ControlPlane, Gateway, Job, JobFailed, JobState
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
-from coldsnap import boot, fitness, post, snapshot, vllm_engine, worker
+from coldsnap import boot, fitness, worker
 from coldsnap.engine import EngineInfo
+from coldsnap.jobs import post
 from coldsnap.settings import Settings
+from coldsnap.snapshot import manifest as snapshot
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
+from coldsnap.vllm import engine as vllm_engine
 
 DELAY = 7.0
 PHASES = (

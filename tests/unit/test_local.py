@@ -14,8 +14,8 @@ from coldsnap import local
 from coldsnap.boot import Booted
 from coldsnap.engine import Delta, EngineInfo
 from coldsnap.errors import InvalidInput, SettingsError
-from coldsnap.job import Jobs
-from coldsnap.records import Sink
+from coldsnap.jobs.job import Jobs
+from coldsnap.records.schema import Sink
 from coldsnap.settings import ROOT, Settings
 from coldsnap.testing.fake_engine import Answer, FakeEngine
 from coldsnap.timeline import Timeline

@@ -20,9 +20,9 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
-DESK = {name for name in OURS if name.startswith(("report/", "platform/", "plan/", "load/"))}
+DESK = {name for name in OURS if name.startswith(("desk/report/", "desk/serve/", "desk/plan/", "desk/bench/"))}
 """Tools of the desk: a database, plots, a server may take time to import, and the worker never waits for them."""
-TABLES = {"deferred"}
+TABLES = {"vllm/deferred"}
 """Modules that name the modules of others, and import none of them."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
@@ -54,13 +54,19 @@ def importing(tree: ast.AST) -> Iterator[str]:
 
 
 def test_the_modules_are_found() -> None:
-    assert {"vllm_engine", "worker", "job", "__init__"} < OURS.keys()
+    assert {"vllm/engine", "worker", "jobs/job", "__init__"} < OURS.keys()
     assert "testing/gateway" in MODULES.keys() - OURS.keys()
 
 
 @pytest.mark.parametrize(
     ("package", "module"),
-    [("vllm", "vllm_engine"), ("torch", "vllm_engine"), ("runpod", "worker"), ("boto3", "s3"), ("pynvml", "energy")],
+    [
+        ("vllm", "vllm/engine"),
+        ("torch", "vllm/engine"),
+        ("runpod", "worker"),
+        ("boto3", "foundation/s3"),
+        ("pynvml", "cost/energy"),
+    ],
 )
 def test_a_foreign_package_has_one_border(package: str, module: str | None) -> None:
     assert importers(package) == ([module] if module else [])
@@ -72,7 +78,7 @@ def test_a_border_that_moves_into_another_module_is_noticed() -> None:
 
 
 def test_a_table_of_modules_imports_none_of_them() -> None:
-    assert {"vllm", "torch"} <= set(imports(ast.walk(OURS["deferred"])))
+    assert {"vllm", "torch"} <= set(imports(ast.walk(OURS["vllm/deferred"])))
     assert {name: found for name in TABLES if (found := [*importing(OURS[name])])} == {}
 
 
@@ -82,7 +88,9 @@ def test_a_table_that_imports_is_noticed(code: str) -> None:
 
 
 def test_no_module_is_slow_to_import() -> None:
-    after_vllm = {"accounts", "energy", "ledger", "step_model", "step_reader"}  # when numpy has been imported anyway
+    after_vllm = {
+        f"cost/{name}" for name in ("accounts", "energy", "shares", "step_model", "step_reader")
+    }  # when numpy has been imported anyway
     ours = OURS.keys() - after_vllm - DESK
     names = [f"coldsnap.{name.replace('/', '.')}" for name in ours if not name.endswith("__init__")]
     slow = (
@@ -117,9 +125,9 @@ def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
             rest |= ours_of(MODULES[module]) - found
         return found
 
-    assert {"worker", "boot", "vllm_engine", "records"} < reaches("worker")
-    assert {name for name in reaches("worker") if name.startswith(("report", "platform", "plan", "load"))} == set()
-    assert {"report/command", "report/plots", "records"} < reaches("report/command")
+    assert {"worker", "boot", "vllm/engine", "records/schema"} < reaches("worker")
+    assert {name for name in reaches("worker") if name.startswith("desk/")} == set()
+    assert {"desk/report/command", "desk/report/plots", "records/schema"} < reaches("desk/report/command")
 
 
 def ours_of(tree: ast.AST) -> set[str]:
@@ -150,9 +158,9 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
-    # worker and warm hand os.environ to Settings.read and to the boot, platform/serve to the workers that it starts;
-    # step_meter runs in a process that vLLM starts; load/command looks for an endpoint's key
-    assert found == {"worker", "warm", "step_meter", "platform/serve", "load/command"}
+    # worker and warm hand os.environ to Settings.read and to the boot, desk/serve to the workers that it starts;
+    # step_meter runs in a process that vLLM starts; desk/bench/command looks for an endpoint's key
+    assert found == {"worker", "warm", "cost/step_meter", "desk/serve/command", "desk/bench/command"}
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from coldsnap.errors import SettingsError
-from coldsnap.s3 import Place
+from coldsnap.foundation.s3 import Place
 from coldsnap.settings import ROOT, Settings
 
 NAMES = {

@@ -1,8 +1,8 @@
-"""Doubles for tests and benchmarks, and what they drive of `coldsnap.platform`."""
+"""Doubles for tests and benchmarks, and what they drive of `coldsnap.desk.serve`."""
 
-from coldsnap.platform.board import NO_INPUT, Worker
-from coldsnap.platform.control_plane import ControlPlane, Violation, WorkerUnhealthy
-from coldsnap.platform.job import Job, JobCancelled, JobFailed, JobState, Timestamps
+from coldsnap.desk.serve.board import NO_INPUT, Worker
+from coldsnap.desk.serve.control_plane import ControlPlane, Violation, WorkerUnhealthy
+from coldsnap.desk.serve.job import Job, JobCancelled, JobFailed, JobState, Timestamps
 from coldsnap.testing.faults import Faults
 from coldsnap.testing.faulty_proxy import Exchange, Fault, FaultyProxy
 from coldsnap.testing.gateway import Gateway

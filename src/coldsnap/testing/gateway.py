@@ -12,11 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from coldsnap.desk.serve import gateway
+from coldsnap.desk.serve.control_plane import ControlPlane
+from coldsnap.desk.serve.server import served
+from coldsnap.desk.serve.submission import parse
 from coldsnap.errors import Refused
-from coldsnap.platform import gateway
-from coldsnap.platform.control_plane import ControlPlane
-from coldsnap.platform.server import served
-from coldsnap.platform.submission import parse
 
 
 class Gateway:

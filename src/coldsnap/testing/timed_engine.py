@@ -25,14 +25,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coldsnap.accounts import Accounts
 from coldsnap.boot import Booted
+from coldsnap.cost.accounts import Accounts
+from coldsnap.cost.shares import Ledger
+from coldsnap.cost.step_meter import StepMeter
+from coldsnap.cost.step_model import StepModel
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import InvalidInput, NotFound, SettingsError
-from coldsnap.ledger import Ledger
 from coldsnap.settings import Settings
-from coldsnap.step_meter import StepMeter
-from coldsnap.step_model import StepModel
 from coldsnap.timeline import Timeline
 
 VARIABLE = "TIMED_ENGINE"

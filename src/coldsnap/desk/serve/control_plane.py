@@ -1,0 +1,257 @@
+"""A local control plane: the platform's half of the HTTP protocol that the Runpod SDK's worker loop speaks.
+
+`coldsnap serve`, tests and benchmarks submit jobs here and read their streams; a worker is a process that runs
+the unmodified SDK with `ControlPlane.environment()` in its environment. A submitted job goes at once to the first
+worker that asks. Jobs and workers themselves are on its `board`.
+
+What it does not know: who starts workers (`fleet`), when time is up (`endpoint`), keys (any is accepted).
+Where the platform's behaviour is not documented it takes the strict side: an oversized chunk is answered with
+413 and lost, an oversized result fails its job, and 1 MB is 1,000,000 bytes of POST body. What a worker posts
+after its job was cancelled or timed out is answered with 200, counted and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Literal, Protocol, Self
+
+import orjson
+
+from coldsnap.desk.serve.board import Board, Journal, Worker
+from coldsnap.desk.serve.job import MEGABYTE, Bell, Job, JobState
+from coldsnap.desk.serve.worker_http import Request, Response, Server
+
+CHUNK_LIMIT: Final = MEGABYTE
+
+_RETIRED_POLL_SECONDS = 0.5
+_GONE: Final = 410
+
+PostKind = Literal["stream", "done"]
+ViolationKind = Literal[
+    "chunk too large", "result too large", "malformed body", "unknown job", "wrong worker", "after end"
+]
+
+
+class Draws(Protocol):
+    """What goes wrong with POSTs, for tests: `coldsnap.testing.Faults`."""
+
+    def draw(self, kind: PostKind, job_number: int, post_number: int, /) -> tuple[float, int | None]:
+        """Return the delay of one POST and the status that refuses it, if any."""
+
+
+class WorkerUnhealthy(Exception):
+    """The worker reported a failed fitness check with its last ping; the SDK has ended its process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that a worker did and the platform would not take."""
+
+    kind: ViolationKind
+    job_id: str
+    detail: str
+
+
+class ControlPlane(Board):
+    """Serves the worker protocol on a free port of 127.0.0.1 while the context is open.
+
+    `poll_seconds` is how long an idle job-take or job-stop is held. An idle worker ends only that
+    long after SIGTERM (see `release_polls`); after a job-stop that ran out the SDK is deaf for 1 s.
+    `flashboot` answers an idle job-take with 400 instead of 204.
+    """
+
+    def __init__(
+        self,
+        *,
+        faults: Draws | None = None,
+        poll_seconds: float = 10.0,
+        flashboot: bool = False,
+        endpoint_id: str = "local",
+        journal: Journal | None = None,
+    ) -> None:
+        if not 0 < poll_seconds < 90:
+            raise ValueError("poll_seconds is above 0 and below 90, where the SDK gives its poll up")
+        super().__init__(journal)
+        self.violations: list[Violation] = []
+        self.foreign_request_ids = 0
+        """POSTs whose X-Request-ID names another job: the SDK's retries, when jobs run side by side."""
+        self.endpoint_id = endpoint_id
+        self.url = ""
+        self.faults = faults
+        """May be changed at any time."""
+        self._poll_seconds = poll_seconds
+        self._idle_status = 400 if flashboot else 204
+        self._arrived = Bell()
+        self._releases = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await Server(self._serve).__aenter__()
+        self.url = f"http://127.0.0.1:{self._server.port}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release_polls()
+        await self._server.__aexit__(kind, error, trace)
+
+    # What a test or a benchmark does.
+
+    def environment(self, worker_id: str = "worker-1") -> dict[str, str]:
+        """Return the variables that the platform sets, and three that let a worker run here, offline."""
+        base = f"{self.url}/v2/{self.endpoint_id}"
+        return {
+            "RUNPOD_ENDPOINT_ID": self.endpoint_id,
+            "RUNPOD_POD_ID": worker_id,
+            "RUNPOD_POD_HOSTNAME": f"{worker_id}-host",
+            "RUNPOD_AI_API_KEY": "local-key",
+            "RUNPOD_PING_INTERVAL": "10000",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            # The SDK's own checks end the process without 8.8.8.8:53, 4 GB of memory and 10% of the disk.
+            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+            "RUNPOD_SKIP_GPU_CHECK": "true",
+            "NO_PROXY": "127.0.0.1,localhost",  # the SDK's pings heed a proxy, its other requests do not
+        }
+
+    async def wait_for_worker(self, timeout: float, worker_id: str | None = None) -> Worker:
+        """Return the worker (or any) once it has asked for jobs."""
+        async with asyncio.timeout(timeout):
+            while True:
+                for worker in self.workers.values():
+                    if worker_id not in (None, worker.id):
+                        continue
+                    if worker.unhealthy is not None:
+                        raise WorkerUnhealthy(f"{worker.id}: {worker.unhealthy}")
+                    if worker.first_poll is not None:
+                        return worker
+                await self._arrived.wait()
+
+    def release_polls(self) -> None:
+        """Answer every open poll as idle now: a worker that has had SIGTERM need not wait them out."""
+        self._releases += 1
+        for bell in (self._queued, *(worker.stopped for worker in self.workers.values())):
+            bell.ring()
+
+    # What a worker does.
+
+    def _serve(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
+        called = request.path.split("/")[3:]
+        if called[1:2] and called[1] in self.lost:
+            return Response(status=_GONE)
+        match request.method, called:
+            case "POST", ["job-stream", worker_id, job_id]:
+                return self._post(request, "stream", worker_id, job_id)
+            case "POST", ["job-done", worker_id, job_id]:
+                return self._post(request, "done", worker_id, job_id)
+            case "GET", ["job-take", worker_id]:
+                return self._take(self.see(worker_id), None)
+            case "GET", ["job-take-batch", worker_id]:
+                return self._take(self.see(worker_id), int(request.query["batch_size"]))
+            case "GET", ["job-stop", worker_id]:
+                return self._stop(self.see(worker_id))
+            case "GET", ["ping", worker_id]:
+                return self._ping(self.see(worker_id), request)
+        return Response(status=404)
+
+    async def _take(self, worker: Worker, batch_size: int | None) -> Response:
+        if worker.first_poll is None:
+            worker.first_poll = worker.idle_since = time.monotonic()
+            self._arrived.ring()
+        if not await self._held(self._queued, self.queue, worker) or worker.retired:
+            return Response(status=self._idle_status)
+        taken = self.take(worker, batch_size or 1)
+        body = b",".join(job.payload for job in taken)
+        body = body if batch_size is None else b"[%b]" % body
+        return Response(body=body)
+
+    async def _stop(self, worker: Worker) -> Response:
+        if not await self._held(worker.stopped, worker.stops, worker):
+            return Response(status=204)
+        body = orjson.dumps({"jobsToStop": worker.stops})
+        worker.stops.clear()
+        return Response(body=body)
+
+    async def _held(self, bell: Bell, pending: Collection[object], worker: Worker) -> bool:
+        """Hold a poll until something is pending. A worker that goes away cancels this and takes nothing."""
+        if worker.retired:
+            await asyncio.sleep(_RETIRED_POLL_SECONDS)
+        deadline, releases = time.monotonic() + self._poll_seconds, self._releases
+        while (
+            not pending
+            and self._releases == releases
+            and not worker.retired
+            and (left := deadline - time.monotonic()) > 0
+        ):
+            await bell.wait(left)
+        return bool(pending)
+
+    def _ping(self, worker: Worker, request: Request) -> Response:
+        worker.pings += 1
+        worker.pinged_jobs = tuple(filter(None, request.query.get("job_id", "").split(",")))
+        if request.query.get("status") == "unhealthy":
+            worker.unhealthy = f"{request.query.get('check')}: {request.query.get('reason')}"
+            self._arrived.ring()
+        return Response()
+
+    def _post(
+        self, request: Request, kind: PostKind, worker_id: str, job_id: str
+    ) -> Response | Coroutine[Any, Any, Response]:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return Response(self._violated(404, "unknown job", job_id, f"{kind} from {worker_id}"))
+        job.posts += 1
+        self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
+        delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
+        if delay:
+            return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request.body)))
+        return Response(self._record(kind, worker_id, job, request.body) if status is None else status)
+
+    async def _delayed(self, delay: float, status: int | Callable[[], int]) -> Response:
+        await asyncio.sleep(delay / 2)
+        status = status if isinstance(status, int) else status()
+        await asyncio.sleep(delay / 2)
+        return Response(status)
+
+    def _record(self, kind: PostKind, worker_id: str, job: Job, body: bytes) -> int:
+        """Apply one POST to its job and return the answer's status."""
+        if worker_id != job.worker_id:
+            return self._violated(400, "wrong worker", job.id, f"{worker_id}, taken by {job.worker_id}")
+        if job.state in {JobState.CANCELLED, JobState.TIMED_OUT}:
+            job.late_posts += 1
+            return 200
+        if job.done:
+            return self._violated(400, "after end", job.id, f"{kind} after the job was {job.state}")
+        try:
+            post = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            return self._violated(400, "malformed body", job.id, f"{kind}: {error}")
+        if not isinstance(post, dict) or (kind == "stream" and "output" not in post):
+            return self._violated(400, "malformed body", job.id, f"{kind}: no object with an output")
+        if kind == "stream":
+            if len(body) > CHUNK_LIMIT:
+                detail = f"{len(body)} bytes, {CHUNK_LIMIT} allowed"
+                return self._violated(413, "chunk too large", job.id, detail)
+            job.add_chunk(post["output"])
+        elif post.get("status") == "IN_PROGRESS":
+            job.progress.append(post.get("output"))
+        elif len(body) > job.terms.limit:
+            detail = f"{len(body)} bytes, {job.terms.limit} allowed"
+            self.end(job, JobState.FAILED, error=f"result too large: {detail}")
+            return self._violated(413, "result too large", job.id, detail)
+        elif (reported := post.get("error")) is not None:
+            text = reported if isinstance(reported, str) else orjson.dumps(reported).decode()
+            self.end(job, JobState.FAILED, output=post.get("output"), error=text)
+        else:
+            self.end(job, JobState.COMPLETED, output=post.get("output"))
+        return 200
+
+    def _violated(self, status: int, kind: ViolationKind, job_id: str, detail: str) -> int:
+        self.violations.append(Violation(kind, job_id, detail))
+        return status

@@ -1,0 +1,118 @@
+"""What a job cost, and where its answer says so: beside `usage`, as `cost`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from coldsnap.cost.prices import Price
+from coldsnap.engine import EngineInfo, Meter
+
+_DONE = "data: [DONE]"
+_UNFINISHED = '"finish_reason":null'
+_COMPLETED = "event: response.completed\ndata: {"
+_RESPONSE = '"response":{'
+"""The event's own is the first: in a text the quotes would be escaped, and other objects lie inside it."""
+_MESSAGE = "event: message_delta\ndata: {"
+_USAGE = '"usage":{'
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """One job's marginal cost: its share of the engine's steps, without cold start and idle time.
+
+    GPU-seconds are the engine's seconds times its GPUs. `usd` and `price_per_second` are None where the GPU's
+    price is not known, `joules` where the GPUs report no energy. `estimated`: an equal split by time, or some
+    step's report was lost.
+    """
+
+    gpu_seconds: float
+    prefill_gpu_seconds: float
+    decode_gpu_seconds: float
+    usd: float | None
+    price_per_second: float | None
+    gpu: str
+    estimated: bool
+    joules: float | None = None
+
+    @classmethod
+    def of(cls, meter: Meter, info: EngineInfo, price: Price) -> Bill:
+        """Return the bill of what `meter` holds now."""
+        total, prefill = (round(each * info.gpu_count, 9) for each in (meter.gpu_seconds, meter.prefill_seconds))
+        usd = price.usd(total)
+        return cls(
+            gpu_seconds=total,
+            prefill_gpu_seconds=prefill,
+            decode_gpu_seconds=round(total - prefill, 9),
+            usd=None if usd is None else round(usd, 12),
+            price_per_second=price.per_second,
+            gpu=info.gpu,
+            estimated=meter.estimated,
+            joules=None if meter.joules is None else round(meter.joules, 6),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the bill as the `cost` of an answer."""
+        fields = dataclasses.asdict(self)
+        if self.joules is None:
+            del fields["joules"]
+        return fields
+
+
+def in_answer(answer: Any, bill: Callable[[], Bill]) -> Any:
+    """Add the bill to an answer of vLLM's that has usage; others, as a list of models, stay as they are."""
+    return answer | {"cost": bill().fields()} if isinstance(answer, dict) and "usage" in answer else answer
+
+
+async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> AsyncIterator[str]:
+    """Add the bill where a stream says its usage; its other bytes stay as they are.
+
+    That is the last chunk before `[DONE]` of a chat or completion, the response in `response.completed`, and the
+    `message_delta` of a message. `stream` gives whole events. An OpenAI chunk that could be the last is held
+    back until the next: the call of the engine is only over, and its cost known, when `[DONE]` comes. The other
+    two come after it.
+    """
+    held = ""
+    async for more in stream:
+        text, held = held + more, ""
+        if not text.endswith("\n\n"):  # the end of a body that breaks off
+            yield text
+            continue
+        *events, last = text.split("\n\n")[:-1]
+        if last == _DONE:
+            if events:
+                events[-1] = _with_cost(events[-1], bill())
+            events.append(last)
+        elif last.startswith("data: {") and _UNFINISHED not in last:
+            held = last + "\n\n"
+        else:
+            events.append(last)
+        if events:
+            yield "\n\n".join(_with_named_cost(event, bill) for event in events) + "\n\n"
+    if held:
+        yield held
+
+
+def _with_named_cost(event: str, bill: Callable[[], Bill]) -> str:
+    """Put the cost into an event that has a name and, in that protocol, the usage."""
+    if event.startswith(_COMPLETED):
+        before, response, after = event.partition(_RESPONSE)
+        return f'{before}{response}"cost":{_json(bill())},{after}' if response and after[0] != "}" else event
+    if event.startswith(_MESSAGE) and _USAGE in event and event.endswith("}"):
+        return f'{event[:-1]},"cost":{_json(bill())}}}'
+    return event
+
+
+def _with_cost(event: str, bill: Bill) -> str:
+    """Put the cost behind the last field, unless the event is an error."""
+    if not event.startswith("data: {") or event.startswith('data: {"error"') or not event.endswith("}"):
+        return event
+    return f'{event[:-1]},"cost":{_json(bill)}}}'
+
+
+def _json(bill: Bill) -> str:
+    return orjson.dumps(bill.fields()).decode()

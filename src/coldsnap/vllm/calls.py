@@ -1,0 +1,78 @@
+"""A job's calls of the engine: each opens an account, and is noted in the job's meter. Nothing here imports vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from coldsnap.engine import Meter
+
+if TYPE_CHECKING:
+    from coldsnap.cost.accounts import Accounts
+
+METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
+"""The meter of the job that runs."""
+MADE: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
+"""Where an HTTP request's calls of the engine are noted."""
+
+
+class MeteredLLM:
+    """Put before vLLM's `AsyncLLM` in a class of both: every request, native or not, is noted in the job's meter."""
+
+    accounts: Accounts
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """See `AsyncLLM.generate`."""
+        outputs = super().generate(prompt, sampling_params, request_id, *args, **kwargs)  # type: ignore[misc]
+        call = self._metered(outputs, request_id, sampling_params.n)
+        if (calls := MADE.get()) is not None:
+            calls.append(call)
+        return call
+
+    def encode(
+        self, prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """See `AsyncLLM.encode`."""
+        outputs = super().encode(prompt, pooling_params, request_id, *args, **kwargs)  # type: ignore[misc]
+        return self._metered(outputs, request_id, 1)
+
+    async def _metered(
+        self, outputs: AsyncGenerator[Any, None], request_id: str, requests: int
+    ) -> AsyncGenerator[Any, None]:
+        meter = METER.get() or Meter()
+        account = self.accounts.open(request_id, requests, meter)
+        output, aborted = None, False
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    first = account.first is None
+                    if first:
+                        self.accounts.first_output(account)
+                    _note(meter, output, first=first)
+                    yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            aborted = output is None or not output.finished
+            raise
+        finally:
+            self.accounts.close(account, aborted=aborted)
+
+
+def _note(meter: Meter, output: Any, *, first: bool) -> None:
+    if first:
+        meter.prompt_tokens += len(output.prompt_token_ids or ())
+        meter.cached_tokens += output.num_cached_tokens or 0
+    for part in output.outputs if isinstance(output.outputs, list) else ():  # a pooling output is one object
+        meter.completion_tokens += len(part.token_ids)
+        if part.finish_reason:
+            meter.finish_reason = part.finish_reason
+            meter.sequences += 1
+    stats = getattr(output, "metrics", None)
+    if stats is not None and stats.first_token_ts:
+        meter.queue_seconds = max(meter.queue_seconds, stats.scheduled_ts - stats.queued_ts)
+        meter.first_token = min(meter.first_token or stats.first_token_ts, stats.first_token_ts)
+        meter.last_token = max(meter.last_token, stats.last_token_ts)

