@@ -11,7 +11,8 @@ from coldsnap.cost import prices
 from coldsnap.cost.books import Books
 from coldsnap.cost.revival import Clocks, Watch
 from coldsnap.engine import Usage
-from coldsnap.records.schema import ColdStart, Sink, Worker, origin, stamps
+from coldsnap.records.schema import ColdStart, Worker, origin, stamps
+from coldsnap.records.sink import Sink
 
 TICK_SECONDS = 1.0
 """How far apart the calls of `tick` are."""

@@ -13,7 +13,8 @@ import orjson
 from coldsnap.boot import Booted
 from coldsnap.errors import SettingsError
 from coldsnap.jobs.job import Chunk
-from coldsnap.records.schema import LEDGER, ColdStart
+from coldsnap.records.schema import ColdStart
+from coldsnap.records.sink import LEDGER
 from coldsnap.settings import ROOT
 
 _FLAG = "--test_input"

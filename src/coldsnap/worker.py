@@ -13,7 +13,7 @@ from typing import Any
 
 from coldsnap import local, processes
 from coldsnap.boot import Booted, boot
-from coldsnap.caches.boot_caches import Healing
+from coldsnap.caches.boot_caches import BundleMaker
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
 from coldsnap.foundation.background import Background
 from coldsnap.jobs import dispatch, post
@@ -21,7 +21,7 @@ from coldsnap.jobs.egress import Egress
 from coldsnap.jobs.job import Jobs
 from coldsnap.life import TICK_SECONDS, Life
 from coldsnap.records.metrics import Metrics, Push
-from coldsnap.records.schema import Sink
+from coldsnap.records.sink import Sink
 from coldsnap.records.upload import Upload
 from coldsnap.settings import Settings
 from coldsnap.timeline import Timeline
@@ -87,7 +87,7 @@ class _Worker:
         self._metrics = Metrics(posts=lambda: self._egress.posts if self._egress else 0)
         self._sink.watchers.append(self._metrics.see)
         self._senders = _senders(booted.settings, self._sink, self._jobs)
-        self._senders += _healing(booted, self._sink, self._jobs)
+        self._senders += _bundle_maker(booted, self._sink, self._jobs)
         self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
         self._scaler: Any = None
@@ -195,12 +195,12 @@ def _senders(settings: Settings, sink: Sink, jobs: Jobs) -> list[Background]:
     return senders
 
 
-def _healing(booted: Booted, sink: Sink, jobs: Jobs) -> list[Background]:
+def _bundle_maker(booted: Booted, sink: Sink, jobs: Jobs) -> list[Background]:
     """Return what makes the bundle of caches that this boot lacked."""
     asked = booted.bundle()
     if booted.caches is None or asked is None:
         return []
-    return [Healing(booted.caches, asked, busy=lambda: jobs.running, served=lambda: sink.tally.requests, say=_say)]
+    return [BundleMaker(booted.caches, asked, busy=lambda: jobs.running, served=lambda: sink.tally.requests, say=_say)]
 
 
 def _run_local(booted: Booted, test_input: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 from coldsnap.boot import Booted
 from coldsnap.engine import EngineInfo, Usage
 from coldsnap.life import Life
-from coldsnap.records.schema import LEDGER, Sink
+from coldsnap.records.sink import LEDGER, Sink
 from coldsnap.settings import Settings
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline

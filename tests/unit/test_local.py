@@ -15,7 +15,7 @@ from coldsnap.boot import Booted
 from coldsnap.engine import Delta, EngineInfo
 from coldsnap.errors import InvalidInput, SettingsError
 from coldsnap.jobs.job import Jobs
-from coldsnap.records.schema import Sink
+from coldsnap.records.sink import Sink
 from coldsnap.settings import ROOT, Settings
 from coldsnap.testing.fake_engine import Answer, FakeEngine
 from coldsnap.timeline import Timeline

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -128,6 +128,51 @@ def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
     assert {"worker", "boot", "vllm/engine", "records/schema"} < reaches("worker")
     assert {name for name in reaches("worker") if name.startswith("desk/")} == set()
     assert {"desk/report/command", "desk/report/plots", "records/schema"} < reaches("desk/report/command")
+
+
+BORDERS = {"errors", "engine", "settings", "timeline", "processes"}
+"""What every room may import of the ground floor. The rest of it is a worker's life, which no room knows."""
+ARROWS: Mapping[str, set[str]] = {
+    "foundation": set(),
+    "cost": set(),
+    "records": {"foundation"},
+    "snapshot": {"foundation", "records"},
+    "vllm": {"cost"},
+    "caches": {"foundation", "records", "snapshot", "vllm"},
+    "jobs": {"cost", "records"},
+    "desk": {"foundation", "cost", "records"},
+}
+"""Which rooms a room may import. Each stands below those that it names, so there is no circle."""
+
+
+def room(name: str) -> str | None:
+    """Return the room that a module is in, None for one on the ground floor."""
+    return name.partition("/")[0] if "/" in name else None
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_what_its_arrows_say_and_nothing_else(name: str) -> None:
+    imported = {other for module, tree in OURS.items() if room(module) == name for other in ours_of(tree)}
+    rooms = {room(other) for other in imported} - {None, name}
+    ground = {other for other in imported if room(other) is None}
+    assert rooms <= ARROWS[name]
+    assert ground <= BORDERS | {"__init__"}
+
+
+def test_every_room_has_its_arrows_and_they_make_no_circle() -> None:
+    assert {room(module) for module in OURS} - {None} == ARROWS.keys()
+    above: dict[str, set[str]] = {name: set(rooms) for name, rooms in ARROWS.items()}
+    while free := [name for name, rooms in above.items() if not rooms]:
+        for name in free:
+            del above[name]
+        for rooms in above.values():
+            rooms -= {*free}
+    assert above == {}
+
+
+def test_the_borders_of_the_ground_floor_know_no_room_but_the_foundation() -> None:
+    for name in BORDERS:
+        assert {room(other) for other in ours_of(OURS[name])} <= {None, "foundation"}, name
 
 
 def ours_of(tree: ast.AST) -> set[str]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
@@ -26,9 +26,8 @@ from coldsnap.caches import fingerprint
 from coldsnap.errors import CacheError
 from coldsnap.foundation.background import Background
 from coldsnap.foundation.s3 import Place
+from coldsnap.records.schema import CacheState
 from coldsnap.snapshot.sources import Supply
-
-State = Literal["off", "hit", "miss", "refused", "late", "failed"]
 
 _ANSWER_SECONDS = 0.5
 """How long after the import of vLLM a boot waits for a store that has not begun to answer."""
@@ -47,7 +46,7 @@ class Cached:
     could not be used: `because` says how. `seconds` is what the fetch took, beside the boot.
     """
 
-    state: State = "off"
+    state: CacheState = "off"
     because: str | None = None
     fingerprint: str | None = None
     bytes: int | None = None
@@ -148,7 +147,7 @@ def making(cached: Cached, started: float, boot_seconds: float) -> dict[str, Any
     return {"replace": replace, "since": None, "saves_seconds": boot_seconds, "generation": 1}
 
 
-class Healing(Background):
+class BundleMaker(Background):
     """Makes the bundle that a boot did not find, in a process of its own, while no job runs.
 
     It begins after the first second without a job, is stopped as long as one runs, and killed when the worker ends.

@@ -1,4 +1,4 @@
-"""Whether this process was away: frozen with its container, suspended with its machine, or restored from a picture.
+"""Whether this process was away: frozen with its container, suspended with its machine, or restored from a checkpoint.
 
 A platform may revive a worker instead of booting one. Nobody tells the process; its clocks do.
 """
@@ -25,7 +25,7 @@ class Clocks:
     boottime: float
     """Goes on while it is."""
     wall: float
-    """Alone knows how long a process was a picture on a disk."""
+    """Alone knows how long a process lay on a disk as a checkpoint."""
 
     @classmethod
     def now(cls) -> Self:

@@ -22,7 +22,8 @@ from coldsnap.jobs import bill
 from coldsnap.jobs.bill import Bill
 from coldsnap.jobs.request import Http, Native, parse
 from coldsnap.jobs.stream import Relay
-from coldsnap.records.schema import Request, Sink, origin
+from coldsnap.records.schema import Request, origin
+from coldsnap.records.sink import Sink
 from coldsnap.settings import Settings
 
 _NOT_FOUND = 404

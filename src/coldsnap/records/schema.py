@@ -1,32 +1,27 @@
-"""What a worker leaves behind: JSON lines per boot, request and worker, on stdout and in ledger.jsonl.
+"""The schema of what a worker writes down: a record per boot, per request and of the worker's running totals.
 
 Prompts and completions are never recorded. `python -m coldsnap.records.schema` prints the JSON Schema of a line.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
-from coldsnap.caches.boot_caches import State
 from coldsnap.engine import EngineInfo, Fit, Limits
 from coldsnap.settings import Settings
-from coldsnap.snapshot.sources import Kind
-
-LEDGER = "ledger.jsonl"
 
 Boot = Literal["fresh", "revived", "warm"]
+"""How the worker came to a job: just booted, back from a freeze, or neither."""
+SourceKind = Literal["image", "volume", "platform-cache", "local", "s3", "hub"]
+"""Where a boot found its model."""
+CacheState = Literal["off", "hit", "miss", "refused", "late", "failed"]
+"""What became of a boot's bundle of compile caches."""
 
 
 def _now() -> datetime:
@@ -75,13 +70,13 @@ class ColdStart(Record):
     phases: dict[str, float]
     beside: dict[str, float]
     snapshot_bytes: int | None
-    source: Kind
+    source: SourceKind
     verified: bool
     fetched_bytes: int | None
     fetch_gb_per_second: float | None
     read_gb_per_second: float | None = None
     disk_read_bytes: int | None = None
-    cache: State = "off"
+    cache: CacheState = "off"
     cache_because: str | None = None
     cache_bundle: str | None = None
     cache_bytes: int | None = None
@@ -192,96 +187,6 @@ def schema() -> str:
     """Return the JSON Schema of a line of the ledger."""
     found = TypeAdapter(Line).json_schema(mode="serialization")
     return orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
-
-
-@dataclass(slots=True)
-class Tally:
-    """Totals of the request records written, and what became of all records."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    unwritten: int = 0
-    """Records that the ledger's disk did not take."""
-    unsent: int | None = None
-    """Records that wait for a bucket after an upload that failed, None if there is no bucket."""
-    failed_uploads: int = 0
-
-    def add(self, record: Request) -> None:
-        """Count one."""
-        self.requests += 1
-        self.prompt_tokens += record.prompt_tokens
-        self.cached_tokens += record.cached_tokens
-        self.completion_tokens += record.completion_tokens
-
-
-class Sink:
-    """Writes records. A ledger that cannot be written is said once and counted; the worker serves on."""
-
-    def __init__(self, folder: Path, echo: Callable[[str], None]) -> None:
-        self._path = folder / LEDGER
-        self._echo = echo
-        self._turning = threading.Lock()
-        self._torn = False
-        self.lines = 0
-        """Records in the file that is being written to."""
-        self.tally = Tally()
-        self.watchers: list[Callable[[Record], None]] = []
-        """Called with every record, in the thread that writes it."""
-        self._boot: Boot = "fresh"
-        self.on_job: Callable[[], None] = lambda: None
-        """Called as a job arrives: it may be what the worker was revived for."""
-
-    def turn(self, path: Path) -> int:
-        """Write into `path` from now on; return how many records the file until now has got.
-
-        Once this has returned nothing is written to that file any more. May be called from any thread.
-        """
-        with self._turning:
-            lines, self._path, self.lines, self._torn = self.lines, path, 0, False
-        return lines
-
-    def next_job(self) -> Boot:
-        """Return how the worker came to a job that has just arrived."""
-        self.on_job()
-        boot, self._boot = self._boot, "warm"
-        return boot
-
-    def write(self, record: Record) -> None:
-        """Append `record` to the ledger and echo its line."""
-        if isinstance(record, Request):
-            self.tally.add(record)
-        elif isinstance(record, ColdStart):
-            self._boot = record.boot
-        for watcher in self.watchers:
-            watcher(record)
-        line = orjson.dumps(record.model_dump(mode="json"))
-        self._echo(line.decode())
-        with self._turning:
-            try:
-                self._append(line + b"\n")
-            except OSError as error:
-                if not self.tally.unwritten:
-                    print(  # noqa: T201
-                        f"coldsnap: COLDSNAP_LEDGER_DIR: {self._path} cannot be written ({error.strerror}); "
-                        "records go to stdout only",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                self.tally.unwritten += 1
-            else:
-                self.lines += 1
-
-    def _append(self, line: bytes) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:
-            if self._torn:  # a disk that was full took the beginning of a line: it must not spoil the next
-                line = b"\n" + line
-            written = file.write(line)
-        self._torn = 0 < written < len(line)
-        if written < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from blake3 import blake3
 from coldsnap.errors import S3Error
 from coldsnap.foundation.background import Background
 from coldsnap.foundation.s3 import Bucket, Place
-from coldsnap.records.schema import Sink
+from coldsnap.records.sink import Sink
 from coldsnap.settings import Settings
 
 UNSENT = "unsent"

@@ -14,16 +14,15 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from coldsnap.errors import SettingsError, SnapshotError
 from coldsnap.foundation.s3 import Place
+from coldsnap.records.schema import SourceKind
 from coldsnap.settings import Settings
 from coldsnap.snapshot import manifest as snapshot
 from coldsnap.snapshot import pull
 from coldsnap.snapshot.manifest import MANIFEST, Manifest, Reading
 
-Kind = Literal["image", "volume", "platform-cache", "local", "s3", "hub"]
 _STORE = "coldsnap"
 _HUB_CACHE = Path("huggingface-cache", "hub")
 
@@ -37,7 +36,7 @@ class Supply:
     `beside` has the seconds of each piece of work.
     """
 
-    source: Kind
+    source: SourceKind
     folder: Path | None = None
     manifest: Manifest | None = None
     verified: bool = False
@@ -101,7 +100,7 @@ def search(settings: Settings, environ: Mapping[str, str], warn: Callable[[str],
     )
 
 
-def _here(source: Kind, folder: Path, settings: Settings) -> Search:
+def _here(source: SourceKind, folder: Path, settings: Settings) -> Search:
     manifest = snapshot.load_manifest(folder)
     _same_model(settings, manifest, folder)
     snapshot.verify(folder, manifest, "size")
@@ -110,7 +109,7 @@ def _here(source: Kind, folder: Path, settings: Settings) -> Search:
     return search
 
 
-def _checked(source: Kind, folder: Path, manifest: Manifest, settings: Settings) -> Supply:
+def _checked(source: SourceKind, folder: Path, manifest: Manifest, settings: Settings) -> Supply:
     begun = time.monotonic()
     reading = snapshot.verify(folder, manifest, settings.snapshot_verify)
     beside = {"read_snapshot": time.monotonic() - begun}
@@ -133,7 +132,7 @@ def _from_bucket(
         volume, local = settings.snapshot_volume / _STORE, settings.snapshot_cache.absolute()
         found = _with_digest(manifest.digest, volume, cached, local)
         if found is None:
-            source: Kind = "volume" if settings.snapshot_volume.is_dir() else "local"
+            source: SourceKind = "volume" if settings.snapshot_volume.is_dir() else "local"
             folder = (volume if source == "volume" else local) / manifest.digest
             setting = "SNAPSHOT_VOLUME" if source == "volume" else "SNAPSHOT_CACHE"
             announced.set_result(Supply(source, folder, manifest))
@@ -152,7 +151,7 @@ def _from_bucket(
     return replace(supply, beside={**beside, **supply.beside})
 
 
-def _with_digest(digest: str, volume: Path, cached: Path | None, local: Path) -> tuple[Kind, Path] | None:
+def _with_digest(digest: str, volume: Path, cached: Path | None, local: Path) -> tuple[SourceKind, Path] | None:
     if (volume / digest / MANIFEST).is_file():
         return "volume", volume / digest
     if cached is not None and (cached / MANIFEST).is_file() and snapshot.load_manifest(cached).digest == digest:

@@ -27,7 +27,7 @@ from coldsnap.caches import boot_caches as caches
 from coldsnap.caches import bundle, fingerprint
 from coldsnap.caches import helper as bundle_helper
 from coldsnap.caches import store as bundle_store
-from coldsnap.caches.boot_caches import Cached, Caches, Healing, Helper
+from coldsnap.caches.boot_caches import BundleMaker, Cached, Caches, Helper
 from coldsnap.caches.bundle import Entry, Header
 from coldsnap.caches.store import Shared, store_at
 from coldsnap.errors import CacheError
@@ -730,17 +730,17 @@ def eventually(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def healing(boot: Caches, jobs: Jobs, said: list[str]) -> Healing:
+def bundle_maker(boot: Caches, jobs: Jobs, said: list[str]) -> BundleMaker:
     asked = caches.making(patient(boot), boot.started, 8.0)
     assert asked is not None
-    return Healing(boot, asked, busy=jobs.busy, served=lambda: jobs.served, say=said.append)
+    return BundleMaker(boot, asked, busy=jobs.busy, served=lambda: jobs.served, say=said.append)
 
 
 def test_the_bundle_is_made_after_the_first_idle_second_and_said_once(
     place: Path | Place, folders: dict[str, Path]
 ) -> None:
     jobs, said = Jobs(), list[str]()
-    work = healing(begun(place, folders), jobs, said)
+    work = bundle_maker(begun(place, folders), jobs, said)
     work.start()
     eventually(lambda: jobs.asked > 2)
     assert said == []
@@ -803,7 +803,7 @@ def test_a_worker_that_ends_does_not_wait_for_its_bundle(
 ) -> None:
     jobs, said = Jobs(), list[str]()
     boot = begun(tmp_path / "volume", folders)
-    work = healing(boot, jobs, said)
+    work = bundle_maker(boot, jobs, said)
     started = threading.Event()
     idle = Helper.be_idle
 
@@ -826,7 +826,7 @@ def test_a_worker_that_ends_does_not_wait_for_its_bundle(
 def test_a_store_that_fails_is_said_once(tmp_path: Path, folders: dict[str, Path]) -> None:
     jobs, said = Jobs(), list[str]()
     boot = begun(tmp_path / "volume", folders)
-    work = healing(boot, jobs, said)
+    work = bundle_maker(boot, jobs, said)
     jobs.running = False
     (tmp_path / "volume").write_bytes(b"in the way")
     work.start()

@@ -22,7 +22,8 @@ import pytest
 from blake3 import blake3
 
 from coldsnap.foundation.s3 import Bucket, Place
-from coldsnap.records.schema import LEDGER, Record, Sink
+from coldsnap.records.schema import Record
+from coldsnap.records.sink import LEDGER, Sink
 from coldsnap.records.upload import UNSENT, Upload, name_of
 from coldsnap.settings import ROOT, Settings
 

@@ -15,7 +15,7 @@ from coldsnap.cost.revival import Clocks, Revival, Watch
 from coldsnap.engine import EngineInfo, Usage
 from coldsnap.jobs.job import Jobs
 from coldsnap.life import Life
-from coldsnap.records.schema import Sink
+from coldsnap.records.sink import Sink
 from coldsnap.settings import Settings
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
@@ -36,7 +36,7 @@ class Machine:
     def sleeps(self, seconds: float) -> None:
         self._add(0.0, seconds, seconds)
 
-    def is_a_picture(self, seconds: float) -> None:
+    def is_a_checkpoint(self, seconds: float) -> None:
         self._add(0.0, 0.0, seconds)
 
     def _add(self, monotonic: float, boottime: float, wall: float) -> None:
@@ -49,12 +49,12 @@ class Machine:
     [
         (lambda machine: machine.runs(600.0), Revival("frozen", 599.0, 599.0)),
         (lambda machine: machine.sleeps(600.0), Revival("suspended", 600.0, 0.0)),
-        (lambda machine: machine.is_a_picture(600.0), Revival("restored", 600.0, 0.0)),
+        (lambda machine: machine.is_a_checkpoint(600.0), Revival("restored", 600.0, 0.0)),
         (lambda machine: machine.runs(1.0), None),
         (lambda machine: machine.runs(9.0), None),  # the processor was busy with something else
         (lambda machine: machine.sleeps(0.5), None),
-        (lambda machine: machine.is_a_picture(-3600.0), None),  # the time of day was put right
-        (lambda machine: machine.is_a_picture(2.0), None),
+        (lambda machine: machine.is_a_checkpoint(-3600.0), None),  # the time of day was put right
+        (lambda machine: machine.is_a_checkpoint(2.0), None),
     ],
 )
 def test_the_clocks_tell_how_a_process_was_away(happens: Callable[[Machine], None], found: Revival | None) -> None:
@@ -105,7 +105,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
 
 async def test_a_job_says_whether_its_worker_was_booted_revived_or_warm(worker: Worker) -> None:
     assert [(await worker.job())["boot"] for _ in range(3)] == ["fresh", "warm", "warm"]
-    worker.machine.is_a_picture(3600.0)
+    worker.machine.is_a_checkpoint(3600.0)
     assert [(await worker.job())["boot"] for _ in range(2)] == ["revived", "warm"]
     boots = [(record["boot"], record["revival"], record["away_seconds"]) for record in worker.records("cold_start")]
     assert boots == [("fresh", None, 0.0), ("revived", "restored", 3600.0)]
@@ -120,7 +120,7 @@ def test_a_revival_is_written_also_if_no_job_comes(worker: Worker) -> None:
     assert (revived[0]["seconds"], revived[0]["phases"], revived[0]["beside"]) == (0.0, {}, {})
 
 
-@pytest.mark.parametrize("away", ["sleeps", "is_a_picture", "runs"])
+@pytest.mark.parametrize("away", ["sleeps", "is_a_checkpoint", "runs"])
 def test_the_books_close_without_the_time_away(worker: Worker, away: str) -> None:
     for seconds in range(5):
         worker.machine.runs(1.0)

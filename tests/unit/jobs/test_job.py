@@ -19,7 +19,7 @@ from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest
 from coldsnap.errors import ColdsnapError, Draining, EngineDead, InvalidInput, NotFound, RouteRefused
 from coldsnap.jobs.job import Chunk, Jobs, _join, _whole_events
 from coldsnap.jobs.request import Http, Native, parse
-from coldsnap.records.schema import Sink
+from coldsnap.records.sink import Sink
 from coldsnap.settings import Settings
 from coldsnap.testing.fake_engine import Answer, FakeEngine
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from coldsnap.boot import Booted
 from coldsnap.engine import EngineInfo
-from coldsnap.records.schema import LEDGER, ColdStart, Request, Sink
+from coldsnap.records.schema import ColdStart, Request
+from coldsnap.records.sink import LEDGER, Sink
 from coldsnap.settings import Settings
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
