@@ -93,7 +93,7 @@ async def test_a_model_that_the_platform_has_cached_is_served_and_said_to_be_unv
     hub = tmp_path / "volume" / "huggingface-cache" / "hub" / "models--org--model"
     commit = Path(shutil.copytree(SNAPSHOT, hub / "snapshots" / ("a" * 40)))
     (commit / NAME).unlink()
-    environ = {"MODEL_NAME": "Org/Model", "SNAPSHOT_VOLUME": str(tmp_path / "volume"), "ENFORCE_EAGER": "true"}
+    environ = {"MODEL_NAME": "Org/Model", "SNAPSHOT_VOLUME": str(tmp_path / "volume")}
     async with new_worker(**environ) as worker:
         assert text(await worker.ask(EMOJI_ONLY, model="Org/Model").result(10)).startswith(CORPUS[EMOJI_ONLY])
         cold = worker.records()[0]

@@ -120,7 +120,7 @@ def boot(
 
     cli = importlib.import_module(_parser_module())
     parser = cli.make_arg_parser(FlexibleArgumentParser())
-    parser.set_defaults(use_tqdm_on_load=False)
+    parser.set_defaults(use_tqdm_on_load=False, **vllm_release.defaults(engine_environ, manifest))
     parsed = arguments.parse(parser, fixed={"model": model, **fixed}, manifest=manifest, environ=engine_environ)
     for suspect, near in parsed.suspects.items():
         warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")

@@ -30,17 +30,34 @@ def test_the_cache_has_a_size_that_somebody_chose(
 
 
 @pytest.mark.parametrize(
-    ("environ", "manifest", "off"),
+    ("environ", "manifest", "eager"),
     [
-        ({}, {}, False),
+        ({}, {}, True),
+        ({}, {"enforce_eager": None}, True),
         ({}, {"enforce_eager": True}, True),
-        ({"ENFORCE_EAGER": "true"}, {}, True),
+        ({"ENFORCE_EAGER": "true"}, {"enforce_eager": False}, True),
+        ({"ENFORCE_EAGER": " "}, {}, True),
+        ({}, {"enforce_eager": False}, False),
+        ({"ENFORCE_EAGER": "false"}, {}, False),
         ({"ENFORCE_EAGER": "false"}, {"enforce_eager": True}, False),
-        ({"TORCHDYNAMO_DISABLE": "0"}, {"enforce_eager": True}, False),
+        ({"COMPILATION_CONFIG": '{"mode": 3}'}, {}, False),
+        ({}, {"optimization_level": 2}, False),
+        ({"ENFORCE_EAGER": "true"}, {"optimization_level": 2}, True),
     ],
 )
-def test_the_compiler_is_off_for_an_eager_engine(environ: dict[str, str], manifest: dict[str, Any], off: bool) -> None:
-    assert ("TORCHDYNAMO_DISABLE" in vllm_release.environment(environ, manifest)) is off
+def test_a_processor_compiles_only_where_somebody_has_asked_for_it(
+    environ: dict[str, str], manifest: dict[str, Any], eager: bool
+) -> None:
+    found = vllm_release.environment(environ, manifest)
+    assert ("TORCHDYNAMO_DISABLE" in found) is eager
+    assert ("VLLM_USE_AOT_COMPILE" in found) is not eager  # what it saves, it cannot load
+    assert vllm_release.defaults(environ, manifest) == ({"enforce_eager": True} if eager else {})
+
+
+def test_what_the_user_says_of_the_compiler_stays() -> None:
+    said = {"TORCHDYNAMO_DISABLE": "0", "VLLM_USE_AOT_COMPILE": "1"}
+    assert not said.keys() & vllm_release.environment(said, {"enforce_eager": True}).keys()
+    assert not said.keys() & vllm_release.environment(said, {"enforce_eager": False}).keys()
 
 
 def test_on_a_gpu_the_compiler_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +66,5 @@ def test_on_a_gpu_the_compiler_stays_on(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["VLLM_ENABLE_STARTUP_PLAN"] == "1"
     assert "VLLM_ENABLE_STARTUP_PLAN" not in vllm_release.environment({"VLLM_ENABLE_STARTUP_PLAN": "0"}, {})
     assert not {"TORCHDYNAMO_DISABLE", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"} & found.keys()
+    assert vllm_release.defaults({}, {}) == {}
+    assert "VLLM_USE_AOT_COMPILE" not in vllm_release.environment({"ENFORCE_EAGER": "false"}, {})
