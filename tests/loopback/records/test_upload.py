@@ -223,7 +223,7 @@ def test_a_bucket_that_is_not_there_is_said_once_and_its_lines_stay(tmp_path: Pa
 _KILLED = """
 import sys
 sys.path[:0] = {paths!r}
-from test_upload import *
+from tests.loopback.records.test_upload import *
 worker = Worker(Path({folder!r}), Place("no-such-bucket", ""))
 worker.write(1, 2)
 worker.upload.flush()
@@ -233,7 +233,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_that_was_killed_is_read_out_by_its_next_life(tmp_path: Path, s3_place: Place) -> None:
-    paths = [str(ROOT / "src"), str(ROOT / "tests")]
+    paths = [str(ROOT / "src"), str(ROOT)]
     code = textwrap.dedent(_KILLED).format(paths=paths, folder=str(tmp_path))
     killed = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False)
     assert killed.returncode == -signal.SIGKILL
