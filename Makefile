@@ -22,7 +22,7 @@ families: ## bake and serve tiny checkpoints of many families; write docs/famili
 	@scripts/setup.sh bake
 	@.venv-bake/bin/python builder/families.py
 
-check: ## formatting, lint, types, the README's file tree
+check: ## formatting, lint, types, the list of files
 	@scripts/setup.sh test
 	@$(py) -m ruff format --check --quiet .
 	@$(py) -m ruff check --quiet .

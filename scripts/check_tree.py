@@ -1,4 +1,4 @@
-"""Holds the file tree in the README to the files that are there."""
+"""Holds the list of files in docs/architecture.md to the files that are there."""
 
 import re
 import subprocess
@@ -14,16 +14,17 @@ ONE_BY_ONE = (
 )  # and the top level; elsewhere a line for the folder will do
 
 
-def listed(readme: str) -> list[str]:
-    """Paths in the fenced block between the tree markers: the first word of each line."""
-    block = re.search(r"<!-- tree -->\s*```\w*\n(.*?)```\s*<!-- /tree -->", readme, re.DOTALL)
-    return [line.split()[0] for line in block[1].splitlines() if line.strip()] if block else []
+def listed(page: str) -> list[str]:
+    """Paths in the fenced blocks between the tree markers: the first word of each line."""
+    tree = re.search(r"<!-- tree -->(.*?)<!-- /tree -->", page, re.DOTALL)
+    blocks = re.findall(r"```\w*\n(.*?)```", tree[1], re.DOTALL) if tree else []
+    return [line.split()[0] for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def problems(readme: str, files: Iterable[str]) -> list[str]:
-    paths, files = listed(readme), set(files)
+def problems(page: str, files: Iterable[str]) -> list[str]:
+    paths, files = listed(page), set(files)
     if not paths:
-        return ["README.md has no file tree between <!-- tree --> and <!-- /tree -->"]
+        return ["docs/architecture.md has no list of files between <!-- tree --> and <!-- /tree -->"]
     folders = tuple(path for path in paths if path.endswith("/"))
 
     def covered(file: str) -> bool:
@@ -34,9 +35,9 @@ def problems(readme: str, files: Iterable[str]) -> list[str]:
         return path in files or (path in folders and any(file.startswith(path) for file in files))
 
     return [
-        *(f"README tree: {path} is listed twice" for path in sorted({p for p in paths if paths.count(p) > 1})),
-        *(f"README tree: {path} is listed, but not there" for path in dict.fromkeys(paths) if not there(path)),
-        *(f"README tree: {file} is there, but not listed" for file in sorted(files) if not covered(file)),
+        *(f"docs/architecture.md: {path} is listed twice" for path in sorted({p for p in paths if paths.count(p) > 1})),
+        *(f"docs/architecture.md: {path} is listed, but not there" for path in dict.fromkeys(paths) if not there(path)),
+        *(f"docs/architecture.md: {file} is there, but not listed" for file in sorted(files) if not covered(file)),
     ]
 
 
@@ -48,5 +49,5 @@ def present() -> list[str]:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    sys.exit("\n".join(problems(readme.read_text(encoding="utf-8") if readme.exists() else "", present())) or 0)
+    page = ROOT / "docs" / "architecture.md"
+    sys.exit("\n".join(problems(page.read_text(encoding="utf-8") if page.exists() else "", present())) or 0)

@@ -255,14 +255,28 @@ def test_the_locks_name_no_place_that_packages_come_from() -> None:
         assert not re.search(r"://|--(extra-)?index-url|--find-links|--trusted-host| @ ", text), lock.name
 
 
-class TestReadme:
-    def test_its_settings_table_is_the_one_of_the_settings(self) -> None:
-        table = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README, re.DOTALL)
-        assert table
-        assert table[1].strip() == Settings.table()
+class TestPages:
+    def test_the_table_of_settings_is_the_one_of_the_settings(self) -> None:
+        assert table("docs/settings.md") == Settings.table().splitlines()
 
-    def test_its_tree_lists_the_files_that_are_there(self) -> None:
-        assert problems(README, present()) == []
+    def test_the_readmes_few_settings_are_rows_of_that_table(self) -> None:
+        rows = table("README.md")
+        assert len(rows) == 8
+        assert set(rows) < set(Settings.table().splitlines())
+
+    def test_every_file_has_its_line(self) -> None:
+        assert problems((ROOT / "docs" / "architecture.md").read_text("utf-8"), present()) == []
+
+    def test_the_readme_has_a_line_for_each_room_and_is_short(self) -> None:
+        assert [name for name in {*ARROWS, "testing"} if f"| `{name}/` |" not in README] == []
+        assert len(README.splitlines()) <= 220
+
+
+def table(page: str) -> list[str]:
+    """Return the lines between a page's markers for settings."""
+    found = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert found
+    return found[1].strip().splitlines()
 
 
 def _anchors(page: Path) -> set[str]:
