@@ -115,12 +115,12 @@ def _standing(out: Path) -> Manifest | None:
 
 def _same(options: argparse.Namespace, out: Path, standing: Manifest, source: Source, calibration: str | None) -> None:
     """Raise unless the snapshot that stands at `out` is the one asked for, undamaged."""
-    made = standing.quantization
+    quantization = standing.quantization
     if not (
         standing.source == source
-        and made.scheme == (options.scheme or made.scheme)
-        and made.group_size in {None, options.group_size}
-        and made.calibration == calibration
+        and quantization.scheme == (options.scheme or quantization.scheme)
+        and quantization.group_size in {None, options.group_size}
+        and quantization.calibration == calibration
         and standing.served_model_name == _served(options)
         and standing.engine_args == dict(options.engine_args)
     ):

@@ -97,8 +97,8 @@ class Checkpoint:
         for name, file in index.items():
             if name not in tensors or tensors[name].file != file:
                 raise BakeError(f"{folder}: {file}: expected the tensor {name}, which {INDEX} lists, found none")
-        kept = tuple(name for name in files if name in used or name not in weights)
-        return cls(folder, kept, _object(folder / CONFIG), tensors)
+        needed_files = tuple(name for name in files if name in used or name not in weights)
+        return cls(folder, needed_files, _object(folder / CONFIG), tensors)
 
     @cached_property
     def size(self) -> int:

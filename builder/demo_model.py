@@ -199,13 +199,13 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lessons: 
                 optimizer.step()
             losses.append(loss.item())
         if (epoch + 1) % 10 == 0:
-            known = margins(model, tokenizer, lessons.required)
+            leads = margins(model, tokenizer, lessons.required)
             print(
-                f"epoch {epoch + 1:3}  loss {sum(losses) / len(losses):.4f}  exact {sum(m > 0 for m in known)}/"
-                f"{len(known)}  margin {min(known):5.2f}  {time.monotonic() - started:3.0f} s",
+                f"epoch {epoch + 1:3}  loss {sum(losses) / len(losses):.4f}  exact {sum(m > 0 for m in leads)}/"
+                f"{len(leads)}  margin {min(leads):5.2f}  {time.monotonic() - started:3.0f} s",
                 flush=True,
             )
-            if epoch + 1 >= EPOCHS and min(known) >= MIN_MARGIN:
+            if epoch + 1 >= EPOCHS and min(leads) >= MIN_MARGIN:
                 return
     sys.exit(f"demo model: no margin of {MIN_MARGIN} after {2 * EPOCHS} epochs; nothing written")
 
@@ -230,15 +230,15 @@ def answer_logits(
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def margins(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[float]:
     """Return for each example the least lead, in logits, of a right token over the best wrong one."""
-    found = []
+    leads = []
     for first in range(0, len(examples), BATCH):
         batch = examples[first : first + BATCH]
         logits, targets, numbers = answer_logits(model, tokenizer, batch)
         right = logits.gather(1, targets[:, None])
         wrong = logits.scatter(1, targets[:, None], -torch.inf).amax(1, keepdim=True)
         lead = (right - wrong)[:, 0]
-        found += [lead[numbers == number].min().item() for number in range(len(batch))]
-    return found
+        leads += [lead[numbers == number].min().item() for number in range(len(batch))]
+    return leads
 
 
 def examine(folder: Path, lessons: Lessons, label: str) -> None:

@@ -117,10 +117,10 @@ def serve(snapshot: Path) -> list[float]:
     environ |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [ROOT / ".venv" / "bin" / "python", ROOT / "handler.py", "--test_input", json.dumps(job)]
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=300)
-    found = re.search(r"^── result ─+\n(\{.*?^\})", ended.stdout, re.MULTILINE | re.DOTALL)
-    if ended.returncode or not found:
+    result = re.search(r"^── result ─+\n(\{.*?^\})", ended.stdout, re.MULTILINE | re.DOTALL)
+    if ended.returncode or not result:
         raise RuntimeError(_reason(ended.stdout + ended.stderr))
-    answer = json.loads(found[1])
+    answer = json.loads(result[1])
     logprobs: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1 : answer["usage"]["prompt_tokens"]]
     return logprobs
 
@@ -133,8 +133,8 @@ def log_probabilities(snapshot: Path, checkpoint: Path) -> list[float]:
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         logits = model(input_ids=ids).logits[0, :-1].float()
-    found: list[float] = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
-    return found
+    log_probabilities: list[float] = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+    return log_probabilities
 
 
 def _reason(output: str) -> str:
@@ -147,7 +147,7 @@ def _reason(output: str) -> str:
 
 def table(outcomes: dict[str, dict[str, Outcome]], schemes: Iterable[str]) -> str:
     """Return the page."""
-    made = versions()
+    tools = versions()
     notes: list[str] = []
     rows = [f"| family | {' | '.join(schemes)} |", f"|---|{'---|' * len(list(schemes))}"]
     for family, row in outcomes.items():
@@ -166,7 +166,7 @@ def table(outcomes: dict[str, dict[str, Outcome]], schemes: Iterable[str]) -> st
             "# Families",
             "",
             "Written by `make families`: tiny random-weight checkpoints, baked by `coldsnap bake` and served by",
-            f"`handler.py` on vLLM {made['vllm']}'s CPU build, beside transformers {made['transformers']}.",
+            f"`handler.py` on vLLM {tools['vllm']}'s CPU build, beside transformers {tools['transformers']}.",
             "",
             *rows,
             "",

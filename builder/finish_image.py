@@ -45,16 +45,16 @@ def main() -> None:
         snapshot.verify(args.snapshot, manifest)
     except BootError as error:
         sys.exit(f"coldsnap: {error.message}")
-    found = {
+    actual = {
         "digest": manifest.digest,
         "vllm": vllm_release.version().partition("+")[0],
         "coldsnap": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
     }
-    if wrong := differing({name: getattr(args, name) for name in found}, found):
+    if wrong := differing({name: getattr(args, name) for name in actual}, actual):
         sys.exit(f"coldsnap: {wrong[0]}")
     architectures = orjson.loads((args.snapshot / "config.json").read_bytes()).get("architectures") or []
-    known = vllm_engine.inspect_models(architectures, os.environ)
-    print(f"coldsnap: {args.snapshot.name} {manifest.digest}, vLLM {found['vllm']}, inspected: {known}")
+    inspected = vllm_engine.inspect_models(architectures, os.environ)
+    print(f"coldsnap: {args.snapshot.name} {manifest.digest}, vLLM {actual['vllm']}, inspected: {inspected}")
 
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ def load(folder: Path, size: int) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     needed = int(size * _MEMORY_FACTOR)
-    found = _MEMORY.search(Path("/proc/meminfo").read_text())
-    if found and (free := int(found[1]) * 1024) < needed:
+    available = _MEMORY.search(Path("/proc/meminfo").read_text())
+    if available and (free := int(available[1]) * 1024) < needed:
         raise Unmeasurable(f"needs {needed:,} bytes of memory, {free:,} are free")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]

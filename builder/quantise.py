@@ -126,7 +126,7 @@ def quiet() -> None:
 
 def texts(path: Path, count: int, tokenizer: object) -> list[str]:
     """Read up to `count` texts from a JSONL file: `text`, `prompt`, or `messages` in the chat template."""
-    found: list[str] = []
+    samples: list[str] = []
     for number, line in enumerate(_lines(path), start=1):
         try:
             entry = json.loads(line)
@@ -134,16 +134,16 @@ def texts(path: Path, count: int, tokenizer: object) -> list[str]:
             raise BakeError(f"--calibrate: {path}:{number}: expected JSON: {error}") from error
         match entry:
             case {"messages": list(messages)}:
-                found.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))  # type: ignore[attr-defined]
+                samples.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))  # type: ignore[attr-defined]
             case {"text": str(text)} | {"prompt": str(text)} if text:
-                found.append(text)
+                samples.append(text)
             case _:
                 raise BakeError(f"--calibrate: {path}:{number}: expected an object with `text`, `prompt` or `messages`")
-        if len(found) == count:
+        if len(samples) == count:
             break
-    if not found:
+    if not samples:
         raise BakeError(f"--calibrate: {path}: holds no texts")
-    return found
+    return samples
 
 
 def _lines(path: Path) -> Iterable[str]:

@@ -118,7 +118,7 @@ def room(out: Path, needed: int) -> None:
 
 def _keep_only(folder: Path, names: Iterable[str]) -> None:
     """Remove what another commit has left."""
-    kept = set(names)
+    listed = set(names)
     for path in folder.iterdir() if folder.exists() else ():
-        if path.is_file() and path.name not in kept:
+        if path.is_file() and path.name not in listed:
             path.unlink()

@@ -35,11 +35,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, 1 after an error (one line on stderr), 2 for wrong usage."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # the command itself: temporary folders go with it, as they do at Ctrl-C
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        options = _options(given)
+        options = _options(words)
         code = int(options.run(options))
         sys.stdout.flush()
     except ColdsnapError as error:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("coldsnap"):
             raise
-        what = f"coldsnap {given[0]} needs {error.name}, which is not here"
+        what = f"coldsnap {words[0]} needs {error.name}, which is not here"
         print(f"coldsnap: {what}; scripts/setup.sh installs it, an image goes without", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
@@ -67,16 +67,16 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    asked = parser
+    chosen_parser = parser
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if given[:1] == [name]:
-            asked, imported = command, importlib.import_module(module)
+            chosen_parser, imported = command, importlib.import_module(module)
             imported.configure(command)
             command.set_defaults(run=imported.run)
     options, unknown = parser.parse_known_args(given)
     if unknown:
-        asked.error(_unknown(unknown[0], asked.format_help()))
+        chosen_parser.error(_unknown(unknown[0], chosen_parser.format_help()))
     return options
 
 

@@ -76,8 +76,8 @@ class Life:
         self._books.away(revival.counted)
         record = self._booted.cold_start()
         none = {"seconds": 0.0, "phases": {}, "beside": {}}
-        found = {"boot": "revived", "revival": revival.cause, "away_seconds": round(revival.away, 3)}
-        self._sink.write(record.model_copy(update=none | found | stamps()))
+        fields = {"boot": "revived", "revival": revival.cause, "away_seconds": round(revival.away, 3)}
+        self._sink.write(record.model_copy(update=none | fields | stamps()))
 
     def end(self) -> None:
         """Write the last totals."""

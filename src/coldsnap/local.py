@@ -141,6 +141,6 @@ class View:
 
 
 def _bar(begin: float, seconds: float, total: float, width: int = 48) -> str:
-    left = round(begin / total * width)
-    length = round((begin + seconds) / total * width) - left
-    return " " * left + ("█" * length or "▏")
+    indent = round(begin / total * width)
+    length = round((begin + seconds) / total * width) - indent
+    return " " * indent + ("█" * length or "▏")

@@ -181,27 +181,27 @@ class Settings(BaseModel):
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Read the settings from `environ`. An empty value counts as not set."""
-        given = {}
+        values = {}
         for field in cls.model_fields.values():
             for name in _variables(field):
                 if value := environ.get(name, "").strip():
-                    given[name] = value
+                    values[name] = value
                     break  # of two names for one setting the first wins
         try:
-            return cls.model_validate(given)
+            return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            found = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
+            given_value = first["input"] if isinstance(first["input"], str) else ", ".join(map(str, first["input"]))
             secret = {name for field in cls.model_fields.values() if not field.repr for name in _variables(field)}
-            shown = "another value" if first["loc"][0] in secret else f"{found!r:.200}"
+            shown = "another value" if first["loc"][0] in secret else f"{given_value!r:.200}"
             wrong = first["msg"].removeprefix("Value error, ")
             raise SettingsError(f"{first['loc'][0]}: {wrong}, found {shown}") from error
 
     @classmethod
     def others(cls, environ: Mapping[str, str]) -> dict[str, str]:
         """Return the variables that are no settings of the worker: vLLM's arguments are among them."""
-        known = {name for field in cls.model_fields.values() for name in _variables(field)}
-        return {name: value for name, value in environ.items() if name not in known}
+        names = {name for field in cls.model_fields.values() for name in _variables(field)}
+        return {name: value for name, value in environ.items() if name not in names}
 
     @classmethod
     def table(cls) -> str:

@@ -39,8 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Boot, store, and say where it is."""
-    given = {"CACHE_URI": _absolute(options.place)} if options.place else {}
-    settings = Settings.read({**os.environ, **given})
+    place = {"CACHE_URI": _absolute(options.place)} if options.place else {}
+    settings = Settings.read({**os.environ, **place})
     if settings.caches() is None:
         raise CommandError(
             f"PLACE: nowhere to store the bundle: there is no volume at {settings.snapshot_volume}; name a folder or "

@@ -234,10 +234,10 @@ class Helper:
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))
             if not ready:
                 return None
-            heard = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not heard:
+            output = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not output:
                 raise CacheError(f"its process ended with {self._process.wait()}; its message is above")
-            self._heard += heard
+            self._heard += output
         line, _, self._heard = self._heard.partition(b"\n")
         answer: dict[str, Any] = orjson.loads(line)
         return answer

@@ -118,7 +118,7 @@ class Unpacked:
 def entries(roots: Mapping[str, Path]) -> list[Entry]:
     """Return the files of the caches, but for those that may still be written to."""
     settled = time.time() - SETTLED_SECONDS
-    found = []
+    files = []
     for root, folders in ROOTS.items():
         if root not in roots:
             continue
@@ -126,8 +126,8 @@ def entries(roots: Mapping[str, Path]) -> list[Entry]:
             for path, stat in _walk(roots[root] / start):
                 if stat.st_mtime < settled:
                     name = f"{root}/{path.relative_to(roots[root]).as_posix()}"
-                    found.append(Entry(name, stat.st_size, stat.st_mtime_ns))
-    return sorted(found, key=lambda entry: entry.name)
+                    files.append(Entry(name, stat.st_size, stat.st_mtime_ns))
+    return sorted(files, key=lambda entry: entry.name)
 
 
 def pack(
@@ -138,7 +138,7 @@ def pack(
     chosen = [entry for entry in entries(roots) if _is_safe(entry.name)]
     if sum(entry.size for entry in chosen) > 4 * most_bytes:
         raise CacheError(f"the caches hold more than {4 * most_bytes} bytes; a bundle takes no more")
-    kept, body = [], io.BytesIO()
+    packed, body = [], io.BytesIO()
     with zstd.ZstdFile(body, "w", level=_LEVEL) as file:
         for entry in chosen:
             path = _path(entry.name, roots)
@@ -150,10 +150,10 @@ def pack(
             if (len(content), now.st_mtime_ns) != (entry.size, entry.mtime_ns):  # it was being written
                 continue
             file.write(content)
-            kept.append(entry)
+            packed.append(entry)
             if body.tell() > most_bytes:
                 raise CacheError(f"it has more than {most_bytes} bytes")
-    content = header(tuple(kept)).line() + body.getvalue()
+    content = header(tuple(packed)).line() + body.getvalue()
     if len(content) + _DIGEST_BYTES > most_bytes:
         raise CacheError(f"it has more than {most_bytes} bytes")
     return content + blake3(content).digest()
@@ -173,19 +173,19 @@ def unpack(content: bytes, factors: Mapping[str, str], roots: Mapping[str, Path]
     if dict(header.factors) != dict(factors) or header.fingerprint != fingerprint.name_of(factors):
         raise CacheError(f"it was made for {fingerprint.differing(factors, header.factors)}")
     zstd = _zstd()
-    made: dict[str, Path] = {}
+    staging: dict[str, Path] = {}
     try:
         with zstd.ZstdFile(io.BytesIO(whole[end:])) as file:
             for entry in header.files:
                 data = file.read(entry.size)
                 if len(data) != entry.size:
                     raise CacheError(f"it ends in the middle of {entry.name}")
-                _write(_beside(entry.name, roots, made), data, entry.mtime_ns)
-        return Unpacked(header, sum(_merge(folder, roots[root]) for root, folder in made.items()))
+                _write(_beside(entry.name, roots, staging), data, entry.mtime_ns)
+        return Unpacked(header, sum(_merge(folder, roots[root]) for root, folder in staging.items()))
     except (zstd.ZstdError, EOFError) as error:
         raise CacheError(f"it cannot be decompressed: {error}") from error
     finally:
-        for folder in made.values():
+        for folder in staging.values():
             shutil.rmtree(folder, ignore_errors=True)
 
 

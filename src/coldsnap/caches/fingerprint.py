@@ -50,12 +50,12 @@ def of_settings(
     """
     engine = {name: _text(value) for name, value in manifest.items() if value is not None}
     engine |= {name: value for name, value, _ in arguments.given(environ, names)}
-    found = {name: value for name, value in environ.items() if _matters(name)}
+    variables = {name: value for name, value in environ.items() if _matters(name)}
     return {
         "snapshot": digest or "none",
         "model": model,
         "engine arguments": _digest(engine),
-        "environment": _digest(found),
+        "environment": _digest(variables),
         "cache folders": _digest({name: str(folder) for name, folder in folders.items()}),
     }
 
@@ -70,13 +70,13 @@ def of_machine(*, gpu: bool, nvml: Any = None, cpuinfo: Path = Path("/proc/cpuin
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     vllm = find_spec("vllm")
-    found = {
+    factors = {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "processor": f"{platform.machine()} {_digest(_flags(cpuinfo))}",
         "vllm's folder": str(vllm.origin) if vllm else "none",
         **versions,
     }
-    return found | (_gpus(nvml or importlib.import_module("pynvml")) if gpu else {})
+    return factors | (_gpus(nvml or importlib.import_module("pynvml")) if gpu else {})
 
 
 def name_of(factors: Mapping[str, str]) -> str:
@@ -86,12 +86,12 @@ def name_of(factors: Mapping[str, str]) -> str:
 
 def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
     """Return in words by what a bundle that was made for `theirs` is not for us."""
-    found = [
+    differences = [
         f"{name} {theirs.get(name, 'none')} instead of {ours.get(name, 'none')}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
-    return ", ".join(found) or "nothing that it names"
+    return ", ".join(differences) or "nothing that it names"
 
 
 def _matters(variable: str) -> bool:

@@ -38,19 +38,19 @@ def place_of(text: str) -> Path | Place:
 def fetch(store: Store, factors: Mapping[str, str], roots: Mapping[str, Path], say: Say) -> dict[str, Any]:
     """Unpack the bundle for `factors` from `store`. `say` is told how much it saves as soon as that is known."""
     name = fingerprint.name_of(factors)
-    found: dict[str, Any] = {"state": "miss", "because": None, "fingerprint": name}
+    answer: dict[str, Any] = {"state": "miss", "because": None, "fingerprint": name}
     try:
         content = _read(store, _file(name), say)
         if content is None:
-            return found
+            return answer
         unpacked = bundle.unpack(content, factors, roots)
     except CacheError as error:
-        return found | {"state": "refused", "because": error.message}
+        return answer | {"state": "refused", "because": error.message}
     except (S3Error, OSError) as error:
-        return found | {"state": "failed", "because": str(error)}
+        return answer | {"state": "failed", "because": str(error)}
     header = unpacked.header
     more = {"bytes": len(content), "generation": header.generation, "saves_seconds": header.saves_seconds}
-    return found | {"state": "hit"} | more
+    return answer | {"state": "hit"} | more
 
 
 def _read(store: Store, file: str, say: Say) -> bytes | None:
@@ -61,11 +61,11 @@ def _read(store: Store, file: str, say: Say) -> bytes | None:
     if size > bundle.MOST_BYTES:
         raise CacheError(f"it has {size} bytes, a bundle has at most {bundle.MOST_BYTES}")
     content = bytearray()
-    known = False
+    announced = False
     for piece in pieces:
         content += piece
-        if not known and (end := content.find(b"\n") + 1):
-            known = True
+        if not announced and (end := content.find(b"\n") + 1):
+            announced = True
             say({"saves_seconds": Header.parse(bytes(content[:end])).saves_seconds})
     return bytes(content)
 
@@ -85,14 +85,14 @@ def store_bundle(
     first, or nothing is missing) or `failed`. After `stored`, `also` says what became of bundles that nobody uses.
     """
     name = fingerprint.name_of(factors)
-    found = {"fingerprint": name, "because": None}
+    answer = {"fingerprint": name, "because": None}
     try:
         if not request["replace"] and store.has(_file(name)):
-            return found | {"state": "there"}
+            return answer | {"state": "there"}
         since = request["since"]
         there = bundle.entries(roots)
         if not [entry for entry in there if since is None or entry.mtime_ns > since * 1e9]:
-            return found | {"state": "there"}
+            return answer | {"state": "there"}
 
         def header(files: tuple[Entry, ...]) -> Header:
             return Header(name, factors, files, request["saves_seconds"], request["generation"])
@@ -100,10 +100,10 @@ def store_bundle(
         content = bundle.pack(roots, header, most_bytes=most_bytes)
         written = store.write(_file(name), content, replace=request["replace"])
     except (CacheError, S3Error, OSError) as error:
-        return found | {"state": "failed", "because": str(error)}
+        return answer | {"state": "failed", "because": str(error)}
     if not written:
-        return found | {"state": "there"}
-    return found | {"state": "stored", "bytes": len(content), "also": _pruned(store, _file(name))}
+        return answer | {"state": "there"}
+    return answer | {"state": "stored", "bytes": len(content), "also": _pruned(store, _file(name))}
 
 
 def _pruned(store: Store, newest: str) -> str:

@@ -250,8 +250,8 @@ class Accounts:
     @property
     def _measures(self) -> bool:
         """Whether joules are known: the GPUs report them, and the seconds that they are shared by are measured."""
-        known = self._counters is not None and self._counters.latest is not None
-        return known and self._reading is not None and self._estimated is None
+        readable = self._counters is not None and self._counters.latest is not None
+        return readable and self._reading is not None and self._estimated is None
 
     def _take_joules(self, number: int) -> float:
         return 0.0 if self._reading is None else self._energy.take(number)

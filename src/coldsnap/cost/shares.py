@@ -126,8 +126,8 @@ class Ledger:
     @property
     def held(self) -> Floats:
         """(n,) seconds of each numbered request that have not been taken."""
-        held: Floats = self._rows.sum(axis=1)
-        return held
+        seconds: Floats = self._rows.sum(axis=1)
+        return seconds
 
     @property
     def spent(self) -> float:

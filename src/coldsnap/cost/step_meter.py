@@ -147,11 +147,11 @@ class StepMeter:
             events += EVENT.pack(False, number, 0)
         decodes: list[int] = []
         others: list[int] = []
-        known, decode = self._requests, decodes.append
+        numbered, decode = self._requests, decodes.append
         for name, new in output.num_scheduled_tokens.items():
             request = requests[name]
             computed = request.num_computed_tokens  # after this step: `schedule` has advanced it already
-            state = known.get(name)
+            state = numbered.get(name)
             if new == 1 and state is not None and state.last == computed - 1 >= state.plain:
                 decode(state.number)
                 decode(computed)

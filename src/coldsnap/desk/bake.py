@@ -58,8 +58,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:  # noqa: ARG001 (parsed again in the other environment)
     """Make `.venv-bake` and go on in it; does not return."""
-    made = subprocess.run([ROOT / "scripts" / "setup.sh", "bake"], check=False)  # noqa: S603
-    if made.returncode:
+    setup = subprocess.run([ROOT / "scripts" / "setup.sh", "bake"], check=False)  # noqa: S603
+    if setup.returncode:
         raise BakeError("the environment .venv-bake could not be made; the message above says why")
     python = str(ROOT / ".venv-bake" / "bin" / "python")
     sys.stdout.flush()

@@ -69,8 +69,8 @@ def read(place: str | Path, note: Callable[[str], None] | None = None) -> Iterat
     if "record" in fields:
         yield from _ledger(str(place), rest, note)
         return
-    known = max((_OWN, _MOONCAKE), key=lambda each: sum(name in fields for name in (each.time, each.prompt)))
-    if known.time not in fields and known.prompt not in fields:
+    columns = max((_OWN, _MOONCAKE), key=lambda each: sum(name in fields for name in (each.time, each.prompt)))
+    if columns.time not in fields and columns.prompt not in fields:
         raise TraceError(
             f"{where}: expected {_named(_OWN)}, or {_named(_MOONCAKE)}, or the records of a ledger; "
             f"found {', '.join(map(repr, fields)) or 'no fields'}"
@@ -78,19 +78,19 @@ def read(place: str | Path, note: Callable[[str], None] | None = None) -> Iterat
     begin: float | None = None
     before = -math.inf
     for where, fields in rest:
-        time = _number(where, fields, known.time) * known.seconds
+        time = _number(where, fields, columns.time) * columns.seconds
         if time < before:
             raise TraceError(
-                f"{where}: {known.time}: {fields[known.time]} is earlier than on the line before; "
+                f"{where}: {columns.time}: {fields[columns.time]} is earlier than on the line before; "
                 "sort the trace by its time"
             )
         begin = time if begin is None else begin
         before = time
-        yield Arrival(time - begin, _tokens(where, fields, known.prompt), _tokens(where, fields, known.output))
+        yield Arrival(time - begin, _tokens(where, fields, columns.prompt), _tokens(where, fields, columns.output))
 
 
 def _ledger(place: str, lines: Iterable[_Line], note: Callable[[str], None] | None) -> Iterator[Arrival]:
-    found: list[Arrival] = []
+    arrivals: list[Arrival] = []
     left_out = 0
     for where, fields in lines:
         kind = fields.get("record")
@@ -104,17 +104,17 @@ def _ledger(place: str, lines: Iterable[_Line], note: Callable[[str], None] | No
         arrived = written - _number(where, fields, "duration_seconds")
         tokens = [_tokens(where, fields, name, least=0) for name in ("prompt_tokens", "completion_tokens")]
         if all(tokens):
-            found.append(Arrival(arrived, *tokens))
+            arrivals.append(Arrival(arrived, *tokens))
         else:
             left_out += 1
-    if not found:
+    if not arrivals:
         besides = f", {left_out} without tokens" if left_out else ""
         raise TraceError(f"{place}: no request in this ledger could be replayed{besides}; expected records of requests")
     if left_out and note is not None:
         note(f"{place}: {plural(left_out, 'request')} without tokens left out")
-    found.sort(key=lambda each: each.time)
-    for each in found:
-        yield Arrival(each.time - found[0].time, each.prompt_tokens, each.output_tokens)
+    arrivals.sort(key=lambda each: each.time)
+    for each in arrivals:
+        yield Arrival(each.time - arrivals[0].time, each.prompt_tokens, each.output_tokens)
 
 
 def _lines(path: Path) -> Iterator[_Line]:
@@ -158,8 +158,8 @@ def _number(where: str, fields: Mapping[str, Any], name: str) -> float:
 def _tokens(where: str, fields: Mapping[str, Any], name: str, least: int = 1) -> int:
     value = fields.get(name)
     if type(value) is not int or not least <= value <= _MOST_TOKENS:
-        wanted = f"a whole number of at least {least}{_most(value, _MOST_TOKENS)}"
-        raise TraceError(f"{where}: {name}: expected {wanted}, found {_said(fields, name)}")
+        expectation = f"a whole number of at least {least}{_most(value, _MOST_TOKENS)}"
+        raise TraceError(f"{where}: {name}: expected {expectation}, found {_said(fields, name)}")
     return value
 
 
@@ -173,8 +173,8 @@ def _moment(where: str, fields: Mapping[str, Any]) -> float:
         if moment.tzinfo is None:
             raise ValueError  # noqa: TRY301 -- the same sentence
     except (KeyError, TypeError, ValueError) as error:
-        said = _said(fields, "time")
-        raise TraceError(f"{where}: time: expected a time of ISO 8601 with its zone, found {said}") from error
+        text = _said(fields, "time")
+        raise TraceError(f"{where}: time: expected a time of ISO 8601 with its zone, found {text}") from error
     return moment.timestamp()
 
 

@@ -46,8 +46,8 @@ class Background:
         self._work()
         last = False
         while not last:
-            asked = self._asked.wait(_LOOK_SECONDS)
+            is_urgent = self._asked.wait(_LOOK_SECONDS)
             self._asked.clear()
             last = self.ending
-            if asked or self._due():
+            if is_urgent or self._due():
                 self._work()

@@ -199,12 +199,12 @@ class Bucket:
         """Return the object, or None if there is none of that name."""
         try:
             with self.naming(name):
-                found = self.client.head_object(Bucket=self.place.bucket, Key=self._key(name))
+                head = self.client.head_object(Bucket=self.place.bucket, Key=self._key(name))
         except S3Error as error:
             if error.missing:
                 return None
             raise
-        return Object(name, found["ContentLength"], found["LastModified"].timestamp())
+        return Object(name, head["ContentLength"], head["LastModified"].timestamp())
 
     def objects(self, prefix: str = "") -> Iterator[Object]:
         """Yield every object whose name starts with `prefix`, in the order of names."""

@@ -185,8 +185,8 @@ def stamps() -> dict[str, Any]:
 
 def schema() -> str:
     """Return the JSON Schema of a line of the ledger."""
-    found = TypeAdapter(Line).json_schema(mode="serialization")
-    return orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+    content = TypeAdapter(Line).json_schema(mode="serialization")
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ class Upload(Background):
 
     def _take_over(self) -> bool:
         """Seal the files of the dead; return whether there were any."""
-        found = [path for path in self._folder.glob(f"*.{_OPEN}") if path != self._current and self._is_left(path)]
-        return bool([path for path in found if _sealed(path)])
+        files = [path for path in self._folder.glob(f"*.{_OPEN}") if path != self._current and self._is_left(path)]
+        return bool([path for path in files if _sealed(path)])
 
     def _ready(self) -> list[Path]:
         return sorted(
@@ -172,5 +172,5 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    named = isinstance(record, dict) and {"time", "worker_id", "endpoint_id"} <= record.keys()
-    return record if named else None
+    is_record = isinstance(record, dict) and {"time", "worker_id", "endpoint_id"} <= record.keys()
+    return record if is_record else None

@@ -43,15 +43,15 @@ class Lock:
 
         `waiting` is told once who holds it. `OSError` if the folder takes no file.
         """
-        seen: tuple[int, str] | None = None
+        last_state: tuple[int, str] | None = None
         since = time.monotonic()
         while not done():
             number = self._highest()
             state = (number, self._read(number))
-            if state != seen:
-                if seen is None and number:
+            if state != last_state:
+                if last_state is None and number:
                     waiting(state[1].rpartition(" ")[0])
-                seen, since = state, time.monotonic()
+                last_state, since = state, time.monotonic()
             if number == 0 or time.monotonic() - since > self._stale_seconds:
                 if self._create(number + 1):
                     return True

@@ -220,14 +220,14 @@ def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> Reading |
     digest compared; the read also fills the page cache, from which the engine then loads the weights. How that
     read went is returned.
     """
-    found = _listing(folder)
+    sizes = _listing(folder)
     for name, entry in sorted(manifest.files.items()):
-        if name not in found or not (folder / name).is_file():  # a link may lead nowhere
+        if name not in sizes or not (folder / name).is_file():  # a link may lead nowhere
             raise SnapshotError(f"snapshot {folder}: {name}: expected a file of {entry.size} bytes, found none")
         size = (folder / name).stat().st_size
         if size != entry.size:
             raise SnapshotError(f"snapshot {folder}: {name}: expected {entry.size} bytes, found {size}")
-    if extra := sorted(found - manifest.files.keys()):
+    if extra := sorted(sizes - manifest.files.keys()):
         raise SnapshotError(
             f"snapshot {folder}: {extra[0]}: expected no such file, found one that the manifest does not list"
         )

@@ -97,13 +97,15 @@ def pull(
         folder.parent.mkdir(parents=True, exist_ok=True)
         while not there():
             begun = time.monotonic()
-            held = Lock(folder.parent / f".{folder.name}.lock", stale_seconds=stale_seconds)
-            if held.acquire(there, lambda who: say(f"{folder}: waiting for the worker that fetches it, {who}")):
-                with held:
+            lock_of_folder = Lock(folder.parent / f".{folder.name}.lock", stale_seconds=stale_seconds)
+            if lock_of_folder.acquire(
+                there, lambda who: say(f"{folder}: waiting for the worker that fetches it, {who}")
+            ):
+                with lock_of_folder:
                     started = time.monotonic()
                     waited += started - begun
                     if not there():
-                        download = _Download(offered, folder, setting, held, on_bytes)
+                        download = _Download(offered, folder, setting, lock_of_folder, on_bytes)
                         whole = download.run()
                         fetched += download.fetched
                         seconds += time.monotonic() - started
@@ -163,8 +165,8 @@ class _Download:
             self._partial.unlink()
         self._partial.mkdir(exist_ok=True)
         for path in self._partial.rglob("*"):
-            wanted = path.relative_to(self._partial).as_posix() in self._offered.manifest.files
-            if path.is_symlink() or not (wanted or path.is_dir()):
+            is_listed = path.relative_to(self._partial).as_posix() in self._offered.manifest.files
+            if path.is_symlink() or not (is_listed or path.is_dir()):
                 path.unlink()
 
     def _check_space(self) -> None:
@@ -198,16 +200,16 @@ class _Download:
         with os.fdopen(os.open(path, flags, 0o644), "r+b") as file:
             if os.fstat(file.fileno()).st_size > entry.size:
                 file.truncate(0)
-            kept = 0
+            size = 0
             while data := file.read(PART_BYTES):
                 hasher.update(data)
-                kept += len(data)
-            self._on_bytes(kept)
-            for part in self._parts(blob(entry), kept, entry.size, readers):
+                size += len(data)
+            self._on_bytes(size)
+            for part in self._parts(blob(entry), size, entry.size, readers):
                 _write(file, part)
                 hasher.update(part)
                 self._on_bytes(len(part))
-        return hasher.hexdigest(), kept
+        return hasher.hexdigest(), size
 
     def _parts(self, name: str, position: int, size: int, readers: ThreadPoolExecutor) -> Iterator[bytearray]:
         ahead: deque[Future[bytearray]] = deque()

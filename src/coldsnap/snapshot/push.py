@@ -50,8 +50,8 @@ def push(folder: Path, place: Place, *, on_bytes: Callable[[int], None] = lambda
         there = {found.name: found.size for found in bucket.objects("blobs/")}
         files = {entry.blake3: (entry, folder / name) for name, entry in manifest.files.items()}
         new = [(entry, path) for entry, path in files.values() if there.get(blob(entry)) != entry.size]
-        sent = sum(entry.size for entry, _ in new)
-        on_bytes(manifest.size - sent)
+        new_bytes = sum(entry.size for entry, _ in new)
+        on_bytes(manifest.size - new_bytes)
         pool = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="push")
         try:
             for done in [pool.submit(bucket.upload, blob(entry), path, on_bytes=on_bytes) for entry, path in new]:
@@ -61,7 +61,7 @@ def push(folder: Path, place: Place, *, on_bytes: Callable[[int], None] = lambda
         bucket.put(MANIFEST, (folder / MANIFEST).read_bytes())
     except S3Error as error:
         raise SourceError(f"push to {error.message}") from error
-    return Pushed(manifest, sent, time.monotonic() - begun)
+    return Pushed(manifest, new_bytes, time.monotonic() - begun)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -130,8 +130,8 @@ def _from_bucket(
         _same_model(settings, manifest, place)
         beside = {"find_snapshot": time.monotonic() - begun}
         volume, local = settings.snapshot_volume / _STORE, settings.snapshot_cache.absolute()
-        found = _with_digest(manifest.digest, volume, cached, local)
-        if found is None:
+        place_of_digest = _with_digest(manifest.digest, volume, cached, local)
+        if place_of_digest is None:
             source: SourceKind = "volume" if settings.snapshot_volume.is_dir() else "local"
             folder = (volume if source == "volume" else local) / manifest.digest
             setting = "SNAPSHOT_VOLUME" if source == "volume" else "SNAPSHOT_CACHE"
@@ -140,8 +140,8 @@ def _from_bucket(
             beside |= {"wait_for_snapshot": pulled.waited_seconds, "fetch_snapshot": pulled.seconds}
             if pulled.whole:
                 return Supply("s3", folder, manifest, True, pulled.fetched_bytes, pulled.seconds, beside=beside)
-            found = source, folder
-    source, folder = found
+            place_of_digest = source, folder
+    source, folder = place_of_digest
     if not announced.done():
         announced.set_result(Supply(source, folder, manifest))
     try:
@@ -163,7 +163,7 @@ def _with_digest(digest: str, volume: Path, cached: Path | None, local: Path) ->
 
 def _kept(store: Path, model_name: str, warn: Callable[[str], None]) -> Path | None:
     """Return the newest snapshot of the model on the volume: a folder of any name, put there by hand or by a boot."""
-    found = []
+    candidates = []
     for folder in _folders(store):
         if folder.name.startswith(".") or not (folder / MANIFEST).is_file():
             continue
@@ -173,8 +173,8 @@ def _kept(store: Path, model_name: str, warn: Callable[[str], None]) -> Path | N
             warn(f"passed over: {error.message}")
             continue
         if model_name in {manifest.source.repo, manifest.served_model_name}:
-            found.append((manifest.created, folder))
-    return max(found)[1] if found else None
+            candidates.append((manifest.created, folder))
+    return max(candidates)[1] if candidates else None
 
 
 def _cached(hub: Path, model_name: str, revision: str | None) -> Path | None:
@@ -183,8 +183,8 @@ def _cached(hub: Path, model_name: str, revision: str | None) -> Path | None:
     Its commit is `revision`'s; without one that of the branch main, or the one that came last. The platform may
     have written the name in lower case.
     """
-    wanted = f"models--{model_name.replace('/', '--')}".casefold()
-    for repository in (folder for folder in _folders(hub) if folder.name.casefold() == wanted):
+    repository_name = f"models--{model_name.replace('/', '--')}".casefold()
+    for repository in (folder for folder in _folders(hub) if folder.name.casefold() == repository_name):
         commits = {folder.name: folder for folder in _folders(repository / "snapshots")}
         complete = {name: folder for name, folder in commits.items() if (folder / "config.json").is_file()}
         ref = repository / "refs" / (revision or "main")
@@ -203,10 +203,14 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _same_model(settings: Settings, manifest: Manifest, where: Path | Place) -> None:
-    asked = settings.model_name
-    if asked is None or Path(asked).is_dir() or asked in {manifest.source.repo, manifest.served_model_name}:
+    model_name = settings.model_name
+    if (
+        model_name is None
+        or Path(model_name).is_dir()
+        or model_name in {manifest.source.repo, manifest.served_model_name}
+    ):
         return
     raise SettingsError(
-        f"MODEL_NAME: {asked!r} is not what the snapshot in {where} holds, which is "
+        f"MODEL_NAME: {model_name!r} is not what the snapshot in {where} holds, which is "
         f"{manifest.source.repo!r}; unset one of the two"
     )

@@ -128,16 +128,16 @@ class FakeHub:
         await response.prepare(request)
         if request.method == "HEAD":
             return response
-        sent = 0
+        count = 0
         for start in range(begin, len(data), _CHUNK):
-            if self.cuts and self.cut_after is not None and sent >= self.cut_after:
+            if self.cuts and self.cut_after is not None and count >= self.cut_after:
                 self.cuts -= 1
                 assert request.transport is not None
                 request.transport.close()
                 return response
             part = data[start : start + _CHUNK]
             await response.write(part)
-            sent += len(part)
+            count += len(part)
         await response.write_eof()
         return response
 
@@ -159,10 +159,10 @@ def _repo(request: web.Request) -> str:
 
 def _sibling(name: str, data: bytes) -> dict[str, object]:
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    found: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": blob}
+    entry: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": blob}
     if name.endswith(".safetensors"):
-        found["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-    return found
+        entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry
 
 
 def _refused(status: int, code: str) -> web.HTTPException:

@@ -65,11 +65,11 @@ class FakeNvml:
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
         """Return the counter, in mJ."""
-        found = self.millijoules[handle]
+        reading = self.millijoules[handle]
         self.readings += 1
-        if found is None:
+        if reading is None:
             raise self.NVMLError("Not Supported")
-        return found
+        return reading
 
     def _call(self, name: str) -> None:
         if name == self.broken:

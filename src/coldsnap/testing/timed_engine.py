@@ -187,11 +187,11 @@ class _Core:
     def _end(self, output: SimpleNamespace, tokens: Mapping[_Sequence, int]) -> None:
         """Hand out a token to each request whose prompt is computed."""
         now = self._clock()
-        made = [
+        finished = [
             each for each in tokens
             if each.num_computed_tokens >= each.num_prompt_tokens and each.name in self._requests
         ]  # fmt: skip
-        for each in made:
+        for each in finished:
             each.made += 1
             each.first = each.first or now
             each.last = now
@@ -199,7 +199,7 @@ class _Core:
                 self.remove(each)
                 each.complete.set()
         self._meter.ended(output, self)  # before anybody is woken: whoever has a token finds its step in the ledger
-        for each in made:
+        for each in finished:
             each.news.set()
 
 
@@ -224,8 +224,8 @@ class TimedEngine:
         words = request.prompt or " ".join(str(message["content"]) for message in request.messages or ())
         prompt, wanted = len(words.split()), request.sampling.get("max_tokens", _MAX_TOKENS)
         if type(wanted) is not int or wanted < 1:
-            said = f"expected a whole number of at least 1, found {wanted!r}"
-            raise InvalidInput(f"sampling_params.max_tokens: {said}", param="sampling_params.max_tokens")
+            sentence = f"expected a whole number of at least 1, found {wanted!r}"
+            raise InvalidInput(f"sampling_params.max_tokens: {sentence}", param="sampling_params.max_tokens")
         if not 0 < prompt <= _CONTEXT - wanted:
             raise InvalidInput(
                 f"prompt: {prompt} words and {wanted} to come do not fit into {_CONTEXT}", param="prompt"

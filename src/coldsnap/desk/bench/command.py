@@ -209,9 +209,9 @@ async def _bench(plan: Plan, options: argparse.Namespace) -> int:
     about = plan.about(greeting.model, greeting.seconds, exact=greeting.prompts.exact) | {"begun": begun}
     terminal.show(about, summary)
     if options.json is not None:
-        found = {"schema_version": 1, **about, "summary": summary, "requests": done.outcomes}
+        report = {"schema_version": 1, **about, "summary": summary, "requests": done.outcomes}
         _write(
-            "--json", Path(options.json), orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            "--json", Path(options.json), orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         )
     if options.html is not None:
         _write("--html", Path(options.html), page.render(about, summary, done.outcomes).encode())

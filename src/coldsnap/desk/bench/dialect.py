@@ -34,8 +34,10 @@ class Dialect:
         model = {} if self.model is None else {"model": self.model}
         if self.api == "native":
             return {"prompt": prompt, "sampling_params": sampling, "stream": True} | model
-        asked = {"prompt": prompt} if self.api == "completions" else {"messages": [{"role": "user", "content": prompt}]}
-        return model | asked | {"stream": True, "stream_options": {"include_usage": True}} | sampling
+        input_fields = (
+            {"prompt": prompt} if self.api == "completions" else {"messages": [{"role": "user", "content": prompt}]}
+        )
+        return model | input_fields | {"stream": True, "stream_options": {"include_usage": True}} | sampling
 
     def job(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return a job's input for a body."""

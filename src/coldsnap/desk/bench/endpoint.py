@@ -116,9 +116,9 @@ class Endpoint:
             else:
                 body |= {} if self.dialect.model is None else {"model": self.dialect.model}
                 answer = await self._call("POST", f"{(self.address.openai or '').removesuffix('/v1')}/tokenize", body)
-            found = answer.get("tokens") if isinstance(answer, dict) else None
-            if isinstance(found, list) and all(type(each) is int for each in found):
-                return found
+            tokens = answer.get("tokens") if isinstance(answer, dict) else None
+            if isinstance(tokens, list) and all(type(each) is int for each in tokens):
+                return tokens
         return []
 
     async def ask(self, body: dict[str, Any], answer: Answer) -> None:

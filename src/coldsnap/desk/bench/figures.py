@@ -36,11 +36,11 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
         """Return the spread of the values that are known, quantiles interpolated; None if there are none."""
-        known = [value for value in values if value is not None]
-        if not known:
+        numbers = [value for value in values if value is not None]
+        if not numbers:
             return None
-        p50, p90, p95, p99 = (float(value) for value in np.quantile(known, (0.5, 0.9, 0.95, 0.99)))
-        return cls(len(known), float(np.mean(known)), p50, p90, p95, p99, max(known))
+        p50, p90, p95, p99 = (float(value) for value in np.quantile(numbers, (0.5, 0.9, 0.95, 0.99)))
+        return cls(len(numbers), float(np.mean(numbers)), p50, p90, p95, p99, max(numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def summarise(run: Run, slo: Slo | None, *, open_loop: bool, exact: bool) -> Sum
     # from its start, though the first request was due later: the load's time, not the time of its answers
     seconds = max((each.end for each in run.outcomes), default=0.0) if not run.unfinished else run.seconds
     per = (1 / seconds) if seconds else 0.0
-    kept = sum(slo.kept(each) for each in run.outcomes) if slo else 0
+    within_slo = sum(slo.kept(each) for each in run.outcomes) if slo else 0
     client = Client(
         run.cpu / run.seconds if run.seconds else 0.0,
         Spread.of(each.sent - each.due for each in run.outcomes) if open_loop else None,
@@ -151,7 +151,7 @@ def summarise(run: Run, slo: Slo | None, *, open_loop: bool, exact: bool) -> Sum
         **spreads,
         tokens=tokens,
         failures=_failures(run.outcomes),
-        good=Good(kept, kept / len(run.outcomes), kept * per) if slo and run.outcomes else None,
+        good=Good(within_slo, within_slo / len(run.outcomes), within_slo * per) if slo and run.outcomes else None,
         cost=_cost(good),
         client=client,
         notes=tuple(_notes(good, tokens, spreads["ttft"], client, run, exact=exact)),
@@ -159,13 +159,13 @@ def summarise(run: Run, slo: Slo | None, *, open_loop: bool, exact: bool) -> Sum
 
 
 def _tokens(good: Sequence[Outcome]) -> Tokens:
-    known = [each for each in good if each.output_tokens is not None and each.prompt_tokens is not None]
+    counted = [each for each in good if each.output_tokens is not None and each.prompt_tokens is not None]
     return Tokens(
-        sum(each.prompt_tokens or 0 for each in known),
-        sum(each.wished_prompt_tokens for each in known),
-        sum(each.output_tokens or 0 for each in known),
-        sum(each.wished_output_tokens for each in known),
-        len(good) - len(known),
+        sum(each.prompt_tokens or 0 for each in counted),
+        sum(each.wished_prompt_tokens for each in counted),
+        sum(each.output_tokens or 0 for each in counted),
+        sum(each.wished_output_tokens for each in counted),
+        len(good) - len(counted),
     )
 
 

@@ -59,21 +59,21 @@ def open_endpoint(address: Address, key: str | None, dialect: Dialect) -> Endpoi
 
 
 def _model(endpoint: Endpoint, served: list[str] | None) -> str | None:
-    asked = endpoint.dialect.model
+    model = endpoint.dialect.model
     if not served:
-        if asked is None and endpoint.address.openai:
+        if model is None and endpoint.address.openai:
             raise BenchError(
                 f"--model: {endpoint.address.openai} does not list its models; name one, if the address is right: "
                 f"expected {WANTED}"
             )
-        return asked
-    if asked is None:
+        return model
+    if model is None:
         return served[0]
-    if asked not in served:
+    if model not in served:
         raise BenchError(
-            f"--model: {asked!r:.200} is not served by {endpoint.address.host}; served: {', '.join(served)}"
+            f"--model: {model!r:.200} is not served by {endpoint.address.host}; served: {', '.join(served)}"
         )
-    return asked
+    return model
 
 
 async def _prompt_tokens(endpoint: Endpoint, prompt: Prompt) -> int | None:

@@ -101,7 +101,7 @@ class Jobs(Endpoint):
         events = Events()
         self.polls.first()
         while True:
-            asked = time.monotonic()
+            poll_started = time.monotonic()
             state, chunks, error = await self._poll(job)
             now = time.perf_counter()
             for chunk in chunks:
@@ -115,7 +115,7 @@ class Jobs(Endpoint):
                 if state != "COMPLETED":
                     raise JobEnded(_why(state, error))
                 return
-            if not chunks and time.monotonic() - asked < _QUICK_SECONDS:
+            if not chunks and time.monotonic() - poll_started < _QUICK_SECONDS:
                 await asyncio.sleep(_QUICK_SECONDS)
             await self.polls.turn()
 
@@ -130,8 +130,8 @@ class Jobs(Endpoint):
                     elif response.status != HTTPStatus.OK:
                         raise await refused(response)
                     else:
-                        found = orjson.loads(await response.read())
-                        return str(found.get("status")), found.get("stream") or [], found.get("error")
+                        status = orjson.loads(await response.read())
+                        return str(status.get("status")), status.get("stream") or [], status.get("error")
             await asyncio.sleep(float(wait) if wait.isdigit() else 1.0)
 
     async def _cancel(self, job: str) -> None:

@@ -29,12 +29,12 @@ class Lengths:
     def parse(cls, text: str, option: str) -> Lengths:
         """Read `128`, `uniform:64:256`, `normal:128:32` or `lognormal:128:0.5`."""
         shape, *rest = text.split(":") if ":" in text else ("constant", text)
-        wanted = ("N",) if shape == "constant" else _PARAMETERS.get(shape)
+        parameters = ("N",) if shape == "constant" else _PARAMETERS.get(shape)
         try:
             values = [float(each) for each in rest]
         except ValueError:
             values = []
-        if wanted is None or len(values) != len(wanted) or not all(0 <= value <= _MOST for value in values):
+        if parameters is None or len(values) != len(parameters) or not all(0 <= value <= _MOST for value in values):
             raise BenchError(f"{option}: expected {FORMS}, in tokens, found {text!r:.80}")
         first, second = values[0], (*values, 0.0)[1]
         if first < 1 or (shape in {"constant", "uniform"} and not all(value.is_integer() for value in values)):

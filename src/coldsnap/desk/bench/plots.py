@@ -45,12 +45,12 @@ def over_time(outcomes: Sequence[Outcome]) -> str:
     with mpl.rc_context(STYLE):
         drawing, axes = figure(2.7)
         step = len(outcomes) // _POINTS + 1
-        shown = [(each.due, each.ttft * 1e3) for each in outcomes[::step] if each.error is None and each.ttft]
-        if shown:
-            due, ttft = zip(*shown, strict=True)
+        dots = [(each.due, each.ttft * 1e3) for each in outcomes[::step] if each.error is None and each.ttft]
+        if dots:
+            due, ttft = zip(*dots, strict=True)
             axes.scatter(due, ttft, s=9, color=ACCENT, alpha=0.6, linewidths=0, label="TTFT")
         if failed := [each.due for each in outcomes if each.error is not None]:
-            floor = min((value for _, value in shown), default=1.0) / 2
+            floor = min((value for _, value in dots), default=1.0) / 2
             axes.scatter(failed, [floor] * len(failed), s=14, color=SECOND, marker="x", linewidths=1, label="failed")
             axes.legend()
         axes.set_yscale("log")

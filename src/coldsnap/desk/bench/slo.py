@@ -25,11 +25,11 @@ class Slo:
         """Read the option. Raises `BenchError`."""
         most: dict[str, float] = {}
         for term in text.split(","):
-            found = _TERM.fullmatch(term.strip())
-            if found is None or found[1] not in _NAMES or found[1] in most:
+            match = _TERM.fullmatch(term.strip())
+            if match is None or match[1] not in _NAMES or match[1] in most:
                 wanted = "some of ttft, itl and e2e, each once, as in ttft=200ms,itl=30ms,e2e=2s"
                 raise BenchError(f"--slo: expected {wanted}, found {term!r:.60}")
-            most[found[1]] = float(found[2]) * _UNITS[found[3]]
+            most[match[1]] = float(match[2]) * _UNITS[match[3]]
         return cls(most)
 
     def kept(self, outcome: Outcome) -> bool:

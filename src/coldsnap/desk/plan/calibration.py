@@ -144,8 +144,8 @@ def _one_model(records: dict[str, list[Record]], wanted: str | None) -> str:
         of = f" of {wanted}" if wanted else ""
         raise PlanError(f"the ledger has no request{of}: {_BENCH}")
     if len(kinds) > 1:
-        said = ", ".join(f"{model} on {gpu} ({count} requests)" for (model, gpu), count in kinds.most_common())
-        raise PlanError(f"the ledger has several kinds of worker: {said}; choose with --model or --endpoint")
+        listing = ", ".join(f"{model} on {gpu} ({count} requests)" for (model, gpu), count in kinds.most_common())
+        raise PlanError(f"the ledger has several kinds of worker: {listing}; choose with --model or --endpoint")
     return str(next(iter(kinds))[0])
 
 
@@ -225,9 +225,9 @@ def _run(batch: Batch, until: float, first: np.ndarray[Any, Any], last: np.ndarr
 
 def _first_job(requests: Iterable[Record], front: float) -> float:
     """Return how much longer the first job after a boot waits for its first token: what is done once, then."""
-    found = [record["ttft_seconds"] - record["prefill_gpu_seconds"] / record["gpu_count"] - front
+    delays = [record["ttft_seconds"] - record["prefill_gpu_seconds"] / record["gpu_count"] - front
              for record in requests if record.get("boot") == "fresh"]  # fmt: skip
-    return max(0.0, median(found)) if found else 0.0
+    return max(0.0, median(delays)) if delays else 0.0
 
 
 def _priced(gpu: str, recorded: float | None, flex: float | None, active: float | None) -> dict[str, Any]:

@@ -87,25 +87,25 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="coldsnap-plan-") as folder:
         intake = source.read(place, Path(folder))
         try:
-            known = calibration.read(
+            measured = calibration.read(
                 intake.lines, model=options.model, endpoint=options.endpoint, flex=flex, active=active
             )
         except PlanError as error:
             raise PlanError(f"{place}: {error.message}") from error
-    current = Choice(scaling, known.concurrency or _CONCURRENCY)
+    current = Choice(scaling, measured.concurrency or _CONCURRENCY)
     name = "defaults" if options.current is None else "now"
     asked = words.Asked(options.trace, place, traffic, current, name, options.seed)
     console = _Console()
     if not console.is_terminal:
         console = _Console(width=_WIDE)
     with console.status("simulating"):
-        plan = search(traffic, known, current, ranges, target=target, seed=options.seed)
-    terminal.show(plan, known, asked, console)
+        plan = search(traffic, measured, current, ranges, target=target, seed=options.seed)
+    terminal.show(plan, measured, asked, console)
     if options.html is not None:
-        _write("--html", Path(options.html), page.render(plan, known, asked).encode())
+        _write("--html", Path(options.html), page.render(plan, measured, asked).encode())
         console.print(f"The page with its plot: {options.html}")
     if options.json is not None:
-        _write("--json", Path(options.json), orjson.dumps(figures(plan, known, asked), option=orjson.OPT_INDENT_2))
+        _write("--json", Path(options.json), orjson.dumps(figures(plan, measured, asked), option=orjson.OPT_INDENT_2))
     if target is not None and plan.recommended is None:
         raise PlanError(words.unreachable(plan))
     return 0
@@ -128,24 +128,24 @@ def figures(plan: Plan, known: Calibration, asked: words.Asked) -> dict[str, Any
 
 def seconds(option: str, text: str) -> float:
     """Return the seconds that `2s`, `500ms`, `1m` or `2` mean, above 0."""
-    found = _TIME.fullmatch(text)
-    value = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    match = _TIME.fullmatch(text)
+    value = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not 0 < value < math.inf:
         raise PlanError(f"{option}: expected a time above 0 as 2s, 500ms or 1m, found {text!r}")
     return value
 
 
 def _ranges(options: argparse.Namespace) -> Ranges:
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field, option, least in (
         ("active", "--active", 0), ("most", "--max-workers", 1), ("concurrency", "--concurrency", 1)
     ):  # fmt: skip
         text = getattr(options, option.removeprefix("--").replace("-", "_"))
         if text is not None:
-            given[field] = tuple(_whole(option, each, least) for each in text.split(","))
+            values[field] = tuple(_whole(option, each, least) for each in text.split(","))
     if options.idle_timeout is not None:
-        given["idle"] = tuple(_number("--idle-timeout", each) for each in options.idle_timeout.split(","))
-    ranges = Ranges(**given)
+        values["idle"] = tuple(_number("--idle-timeout", each) for each in options.idle_timeout.split(","))
+    ranges = Ranges(**values)
     if ranges.active and max(ranges.active) > max(ranges.most):
         raise PlanError(f"--active {options.active}: more than --max-workers, {max(ranges.most)} at most")
     return ranges

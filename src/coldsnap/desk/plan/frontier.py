@@ -122,15 +122,15 @@ def search(
     met = [point for point in tried.values() if target is not None and point.ttft95 <= target]
     recommended = min(met, key=lambda point: (point.cost, point.ttft95), default=None)
     slow = known.worker.slower(SLOWER)
-    shown = {
+    points_of_table = {
         point: replace(point, slower95=_p95(simulate(traffic, _choice(current, point), slow, seed)))
         for point in {*pareto(tried.values(), recommended), now}
     }
-    points = tuple(shown.get(point, point) for point in tried.values())
-    recommended = shown[recommended] if recommended is not None else None
+    points = tuple(points_of_table.get(point, point) for point in tried.values())
+    recommended = points_of_table[recommended] if recommended is not None else None
     length = float(traffic.times[-1]) if traffic.times else 0.0
     took = time.perf_counter() - begun
-    return Plan(points, pareto(points, recommended), shown[now], target, recommended, length, took)
+    return Plan(points, pareto(points, recommended), points_of_table[now], target, recommended, length, took)
 
 
 def _choice(current: Choice, point: Point) -> Choice:
@@ -161,13 +161,13 @@ def _actives(outcome: Outcome) -> tuple[int, ...]:
 
 def pareto(points: Iterable[Point], keep: Point | None = None) -> tuple[Point, ...]:
     """Return the points that no other beats, the cheapest first, without those that are hardly better; but `keep`."""
-    found: list[Point] = []
+    front: list[Point] = []
     best = math.inf
     for point in sorted(points, key=lambda point: (point.cost, point.ttft95)):
         if point.ttft95 < best * _WORTH_A_LINE or point is keep:
-            found.append(point)
+            front.append(point)
             best = min(best, point.ttft95)
-    return tuple(found)
+    return tuple(front)
 
 
 def summary(outcome: Outcome, known: Calibration) -> Point:

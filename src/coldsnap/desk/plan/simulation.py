@@ -44,8 +44,8 @@ class Traffic:
     @classmethod
     def of(cls, arrivals: Iterable[Arrival]) -> Traffic:
         """Return the columns of arrivals."""
-        found = [(each.time, each.prompt_tokens, each.output_tokens) for each in arrivals]
-        times, prompts, outputs = zip(*found, strict=True) if found else ((), (), ())
+        requests = [(each.time, each.prompt_tokens, each.output_tokens) for each in arrivals]
+        times, prompts, outputs = zip(*requests, strict=True) if requests else ((), (), ())
         return cls(times, prompts, outputs)
 
 
@@ -228,11 +228,11 @@ class _Simulation:
         while queue and polling:
             worker = polling.popleft()
             batch, before = worker.batch, worker.batch.end
-            taken = min(self._choice.concurrency - worker.running, len(queue))
-            for _ in range(taken):
+            count = min(self._choice.concurrency - worker.running, len(queue))
+            for _ in range(count):
                 batch.add(queue.popleft(), now)
-            worker.running += taken
-            self._served -= taken * now
+            worker.running += count
+            self._served -= count * now
             worker.idle_since = math.inf
             if worker.running < self._choice.concurrency:
                 polling.append(worker)

@@ -121,33 +121,33 @@ def assumed(known: Calibration, asked: Asked) -> list[str]:
 
 def warnings(plan: Plan, known: Calibration, asked: Asked) -> list[str]:
     """Say where the plan is on thin ice."""
-    found = []
-    shown = [*plan.frontier, plan.current]
-    if (widest := max(point.widest for point in shown)) > _EXTRAPOLATED * known.widest:
-        found.append(
+    sentences = []
+    lines = [*plan.frontier, plan.current]
+    if (widest := max(point.widest for point in lines)) > _EXTRAPOLATED * known.widest:
+        sentences.append(
             f"Batches of up to {widest} requests are foreseen, the ledger's fullest had {known.widest:.0f}: what such "
             "a batch costs is extrapolated. `coldsnap bench` at that load would measure it."
         )
     best = plan.recommended
     if best is not None and _misses(plan, best):
-        holds = min((point for point in shown if not _misses(plan, point)), key=lambda point: point.cost, default=None)
+        holds = min((point for point in lines if not _misses(plan, point)), key=lambda point: point.cost, default=None)
         instead = (
             "no line of the table holds the target then" if holds is None
             else f"{settings(holds)} would hold the target then, for {cost(plan, asked, holds, per='hour')} an hour"
         )  # fmt: skip
-        found.append(
+        sentences.append(
             f"If the engine's steps took 10% longer than in the ledger, the p95 TTFT of what is recommended would be "
             f"{seconds(best.slower95)}; {instead}."
         )
-    if any(map(shaky, shown)):
-        found.append(
+    if any(map(shaky, lines)):
+        sentences.append(
             f"A {_MARK} stands where the p95 is far off if steps take 10% longer: near saturation waiting grows much "
             "faster than steps, and when a worker is added may hang on a single request. Such a p95 is a guess, unless "
             "the ledger is of that very load: run `coldsnap bench` at it, then plan again."
         )
     if not known.limits_known:
-        found.append("The ledger is of an older coldsnap and does not say the engine's limits.")
-    return found
+        sentences.append("The ledger is of an older coldsnap and does not say the engine's limits.")
+    return sentences
 
 
 def shaky(point: Point) -> bool:

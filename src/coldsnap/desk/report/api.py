@@ -39,17 +39,17 @@ class Rates(BaseModel):
 def read(path: Path) -> Rates:
     """Read a table. `ReportError` names the file and the key that is wrong."""
     try:
-        given = yaml.safe_load(path.read_bytes())
+        table = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ReportError(f"--api-prices: {path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ReportError(f"--api-prices: {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise ReportError(f"--api-prices: {path}: expected the keys date, source and prices, found {given!r:.60}")
+    if not isinstance(table, dict):
+        raise ReportError(f"--api-prices: {path}: expected the keys date, source and prices, found {table!r:.60}")
     try:
-        return Rates.model_validate(given)
+        return Rates.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
-        raise ReportError(f"--api-prices: {path}: {key}: {first['msg'].lower()}{found}") from error
+        what_is_there = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
+        raise ReportError(f"--api-prices: {path}: {key}: {first['msg'].lower()}{what_is_there}") from error

@@ -50,13 +50,13 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="coldsnap-report-") as folder:
         intake = source.read(options.place, Path(folder))
         with store.load(intake.lines, since=since, loaded=options.loaded) as database:
-            found = figures.gather(database, options.by, rates, billed)
-    if not found.about["workers"]:
+            results = figures.gather(database, options.by, rates, billed)
+    if not results.about["workers"]:
         raise ReportError(f"--since {options.since}: {options.place} has no record since then")
-    terminal.show(found, intake, options.by, options.loaded, console)
+    terminal.show(results, intake, options.by, options.loaded, console)
     if options.html is not None:
         asked = page.Asked(options.by, options.loaded, since, rates)
-        _write(Path(options.html), page.render(found, intake, asked))
+        _write(Path(options.html), page.render(results, intake, asked))
         console.print(f"The page with its plots: {options.html}")
     return 0
 

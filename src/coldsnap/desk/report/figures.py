@@ -154,42 +154,42 @@ def _priced(database: duckdb.DuckDBPyConnection, rate: Rate, economy: Economy | 
         "cached": rate.input if rate.cached_input is None else rate.cached_input,
         "output": rate.output,
     }
-    found = _one(database, _API, values)
+    row = _one(database, _API, values)
     at, utilisation = None, None
-    if economy and economy.usd_per_second and found["usd"]:
-        at = economy.usd_per_second / (found["usd"] / found["requests"])
-        utilisation = at * found["seconds_each"] if found["seconds_each"] else None
-    return ApiCost(rate, found["requests"], found["usd"] or 0.0, found["own_usd"], at, utilisation)
+    if economy and economy.usd_per_second and row["usd"]:
+        at = economy.usd_per_second / (row["usd"] / row["requests"])
+        utilisation = at * row["seconds_each"] if row["seconds_each"] else None
+    return ApiCost(rate, row["requests"], row["usd"] or 0.0, row["own_usd"], at, utilisation)
 
 
 def _notes(about: Row, spent: Row) -> list[str]:
-    found = []
+    sentences = []
     if running := about["running"]:
-        found.append(
+        sentences.append(
             f"{running} of {about['workers']} workers wrote no last record: killed, or running still. Their last "
             "running totals are used, so what came after is missing."
         )
     if unknown := about["unknown"]:
-        found.append(
+        sentences.append(
             f"{unknown} of {about['workers']} workers left no totals at all: only their cold start and their requests' "
             "shares are counted, not overhead, idle and drain."
         )
     if spent["unpriced"]:
         gpus = ", ".join(about["unpriced_gpus"] or ["the GPU"])
-        found.append(
+        sentences.append(
             f"No price for {gpus}: set GPU_PRICE_PER_SECOND on the endpoint to have dollars. Records from before stay "
             "without, and with them every sum; --since leaves them out."
         )
     if unwritten := spent["unwritten"]:
-        found.append(f"{unwritten} records did not get onto their workers' disks: they are missing here.")
+        sentences.append(f"{unwritten} records did not get onto their workers' disks: they are missing here.")
     if estimated := about["estimated"]:
-        found.append(f"{estimated} requests' costs are an equal split by time: the engine's steps were not seen.")
+        sentences.append(f"{estimated} requests' costs are an equal split by time: the engine's steps were not seen.")
     if spent["busy"] and about["shares"] and abs(about["shares"] / spent["busy"] - 1) > _CLOSED:
-        found.append(
+        sentences.append(
             f"The requests' shares add up to {about['shares']:.3f} GPU-seconds, the workers' busy time is "
             f"{spent['busy']:.3f}: requests that ran at an edge of the period, or records that are missing."
         )
-    return found
+    return sentences
 
 
 _CLOSED = 0.001
@@ -329,8 +329,8 @@ def _rows(database: duckdb.DuckDBPyConnection, query: str, values: Mapping[str, 
 
 
 def _one(database: duckdb.DuckDBPyConnection, query: str, values: Mapping[str, Any] | None = None) -> Row:
-    found = _rows(database, query, values)
-    return found[0] if found else {}
+    rows = _rows(database, query, values)
+    return rows[0] if rows else {}
 
 
 def _pairs(database: duckdb.DuckDBPyConnection, query: str) -> list[tuple[float, float]]:

@@ -147,8 +147,8 @@ def break_even(economy: Economy, api: Sequence[ApiCost]) -> str:
     with mpl.rc_context(STYLE):
         drawing, axes = figure(3.1)
         most = economy.most_requests_per_second or economy.requests_per_second
-        shown = [each for each in api if each.usd > 0]
-        ends = [most, economy.requests_per_second, *(each.requests_per_second or most for each in shown)]
+        rates_with_price = [each for each in api if each.usd > 0]
+        ends = [most, economy.requests_per_second, *(each.requests_per_second or most for each in rates_with_price)]
         load = np.logspace(math.log10(min(ends) / 4), math.log10(max(ends) * 2), 80)
         able = load[load <= most]
         axes.plot(able, economy.usd_per_second / able * 1000, color=PART["busy"], linewidth=2)
@@ -157,7 +157,7 @@ def break_even(economy: Economy, api: Sequence[ApiCost]) -> str:
         here = economy.requests_per_second
         axes.plot([here], [economy.usd_per_second / here * 1000], "o", color=INK, markersize=5)
         axes.annotate("this ledger", (here, economy.usd_per_second / here * 1000), (7, 4), textcoords="offset points")
-        priced = sorted((each.usd / each.requests * 1000, each.rate.name) for each in shown)
+        priced = sorted((each.usd / each.requests * 1000, each.rate.name) for each in rates_with_price)
         above = [price for price, _ in priced[1:]] + [math.inf]
         for (price, name), following in zip(priced, above, strict=True):
             axes.axhline(price, color=ACCENT, linewidth=0.9)

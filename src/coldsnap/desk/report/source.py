@@ -87,7 +87,7 @@ def read(place: str, folder: Path) -> Intake:
     """
     files = _download(place, folder) if place.startswith("s3://") else _find(place)
     met: set[str] = set()
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     count: Counter[str] = Counter()
     torn: list[Torn] = []
     clean = folder / "clean.jsonl"
@@ -98,7 +98,7 @@ def read(place: str, folder: Path) -> Intake:
             met.add(unsealed)
             for number, line in _lines(name, path, torn):
                 digest = blake2b(line, digest_size=16).digest()
-                if digest in seen:
+                if digest in digests:
                     count["repeated"] += not again
                     continue
                 try:
@@ -106,7 +106,7 @@ def read(place: str, folder: Path) -> Intake:
                 except orjson.JSONDecodeError:
                     torn.append(Torn(name, number, "not a whole line of JSON"))
                     continue
-                seen.add(digest)
+                digests.add(digest)
                 if isinstance(record, dict) and _newer(record.get("schema_version")):
                     count["newer"] += 1
                 elif wrong := _wrong(record):
@@ -147,13 +147,13 @@ def _below(folder: Path) -> set[Path]:
         if error.errno not in _GONE:
             raise ReportError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    found = {
+    paths = {
         Path(below, name)
         for below, _, names in os.walk(folder, onerror=refuse)
         for name in names
         if name.endswith(_SUFFIXES)
     }
-    return {file for file in found if file.is_file()}
+    return {file for file in paths if file.is_file()}
 
 
 def _download(uri: str, folder: Path) -> list[tuple[str, Path]]:

@@ -141,6 +141,6 @@ def load(lines: Path, *, since: datetime | None, loaded: str) -> duckdb.DuckDBPy
     database.execute("SET preserve_insertion_order = true")
     values = {"since": since, "loaded": loaded, "path": str(lines)}
     for statement in filter(None, map(str.strip, f"{_RECORDS};{_LIVES};{_REQUESTS}".split(";"))):
-        wanted = {name: value for name, value in values.items() if f"${name}" in statement}
-        database.execute(statement, wanted)
+        parameters = {name: value for name, value in values.items() if f"${name}" in statement}
+        database.execute(statement, parameters)
     return database

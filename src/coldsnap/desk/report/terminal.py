@@ -105,8 +105,8 @@ def _groups(figures: Figures, by: str, loaded: str, console: Console) -> None:
 
 
 def _million(value: float | None, tokens: float | None) -> float | None:
-    found = ratio(value, tokens)
-    return None if found is None else found * 1e6
+    per_token = ratio(value, tokens)
+    return None if per_token is None else per_token * 1e6
 
 
 def _latency(figures: Figures, _: str, __: str, console: Console) -> None:
@@ -136,9 +136,9 @@ def snapshot_rates(boots: Row) -> str:
     if not boots["reads"]:
         return ""
     boots_read = plural(boots["reads"], "boot")
-    said = f"The snapshot was read and hashed at {digits(boots['read_rate'])} GB/s, the median of {boots_read}"
+    sentence = f"The snapshot was read and hashed at {digits(boots['read_rate'])} GB/s, the median of {boots_read}"
     disk = f"; {digits(boots['disk_rate'])} GB/s in the {boots['disk_reads']} that had most of it from the disk"
-    return said + (disk if boots["disk_reads"] else "") + "."
+    return sentence + (disk if boots["disk_reads"] else "") + "."
 
 
 def _batches(figures: Figures, _: str, __: str, console: Console) -> None:

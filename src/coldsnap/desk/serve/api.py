@@ -91,11 +91,11 @@ class Api:
 
     def authorize(self, request: Request) -> None:
         """Refuse a request without the key."""
-        given = request.headers.get("Authorization", "")
-        scheme, _, token = given.partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else given  # the platform takes a bare key too
+        header = request.headers.get("Authorization", "")
+        scheme, _, token = header.partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else header  # the platform takes a bare key too
         if not hmac.compare_digest(key.encode(), self._key):
-            problem = "is not the key of this endpoint" if given else "is missing"
+            problem = "is not the key of this endpoint" if header else "is missing"
             raise Refused(401, f"the Authorization header {problem}; send `Authorization: Bearer <key>`")
 
     def _admit(self, request: Request) -> None:
@@ -110,10 +110,10 @@ class Api:
         return _json({"id": job.id, "status": job.state})
 
     async def _runsync(self, request: Request) -> Response:
-        given = request.query_params.get("wait")
-        wait = _WAIT_SECONDS if given is None else milliseconds(given, "wait", *_WAIT)
-        kept = max(RUNSYNC.retention, 0.0 if given is None else wait)
-        job = await self._submit(request, RUNSYNC, sync=True, retention=kept)
+        parameter = request.query_params.get("wait")
+        wait = _WAIT_SECONDS if parameter is None else milliseconds(parameter, "wait", *_WAIT)
+        retention = max(RUNSYNC.retention, 0.0 if parameter is None else wait)
+        job = await self._submit(request, RUNSYNC, sync=True, retention=retention)
         try:
             await job.ended(wait)
         finally:

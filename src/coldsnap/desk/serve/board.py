@@ -178,14 +178,14 @@ class Board:
 
     def take(self, worker: Worker, most: int) -> list[Job]:
         """Give the worker the next jobs."""
-        taken = [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
-        worker.taken += len(taken)
+        jobs = [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
+        worker.taken += len(jobs)
         worker.idle_since = None
-        for job in taken:
+        for job in jobs:
             job.take(worker.id)
             worker.running.add(job.id)
             self.note(job)
-        return taken
+        return jobs
 
     def end(self, job: Job, state: JobState, *, output: Any = None, error: str | None = None) -> None:
         """End a job; its worker has one less."""

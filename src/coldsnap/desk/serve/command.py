@@ -144,8 +144,8 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), backlog=1024)
     except OSError as error:
-        known = error.errno is not None and error.errno > 0  # a name that is not found has a number below
-        why = os.strerror(error.errno or 0) if known else str(error.strerror).partition(" (")[0]
+        has_number = error.errno is not None and error.errno > 0  # a name that is not found has a number below
+        why = os.strerror(error.errno or 0) if has_number else str(error.strerror).partition(" (")[0]
         raise ServeError(f"--host {host} --port {port}: {why}") from error
 
 
@@ -167,8 +167,8 @@ def _integer(least: int, most: int | None = None) -> type[int]:
     def parse(text: str) -> int:
         number = int(text)
         if number < least or (most is not None and number > most):
-            wanted = f"at least {least}" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {wanted}, found {number}")
+            bounds = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {bounds}, found {number}")
         return number
 
     parse.__name__ = "integer"

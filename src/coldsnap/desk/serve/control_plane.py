@@ -166,8 +166,8 @@ class ControlPlane(Board):
             self._arrived.ring()
         if not await self._held(self._queued, self.queue, worker) or worker.retired:
             return Response(status=self._idle_status)
-        taken = self.take(worker, batch_size or 1)
-        body = b",".join(job.payload for job in taken)
+        jobs = self.take(worker, batch_size or 1)
+        body = b",".join(job.payload for job in jobs)
         body = body if batch_size is None else b"[%b]" % body
         return Response(body=body)
 

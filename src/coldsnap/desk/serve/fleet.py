@@ -107,8 +107,8 @@ class Fleet:
         """Return the platform's word for what a worker does."""
         if worker.ready is None:
             return "unhealthy" if self._boots.trouble else "initializing"
-        seen = self._plane.workers.get(worker.id)
-        return "running" if seen and seen.running else "idle"
+        client = self._plane.workers.get(worker.id)
+        return "running" if client and client.running else "idle"
 
     def count(self) -> dict[str, int]:
         """Return the workers as /health counts them.
@@ -116,18 +116,18 @@ class Fleet:
         `unhealthy` are those that wait for another boot, and after some that failed also one that boots. `throttled`
         is always 0: it is the platform's word for a machine without room, and here there is one machine.
         """
-        found = Counter(self.state(worker) for worker in self.workers.values() if not worker.stopping)
-        found["unhealthy"] += self._missing
-        if self._boots.failed and not found.total():
-            found["unhealthy"] = 1
-        return {**{name: found[name] for name in STATES}, "ready": found["idle"] + found["running"]}
+        counts = Counter(self.state(worker) for worker in self.workers.values() if not worker.stopping)
+        counts["unhealthy"] += self._missing
+        if self._boots.failed and not counts.total():
+            counts["unhealthy"] = 1
+        return {**{name: counts[name] for name in STATES}, "ready": counts["idle"] + counts["running"]}
 
     def _look(self) -> None:
         now = time.monotonic()
         for worker in self.workers.values():
-            seen = self._plane.workers.get(worker.id)
-            if worker.ready is None and seen and seen.first_poll is not None:
-                worker.ready = seen.first_poll
+            client = self._plane.workers.get(worker.id)
+            if worker.ready is None and client and client.first_poll is not None:
+                worker.ready = client.first_poll
                 self._boots.succeed()
                 self.on_turn(worker, "ready")
                 self._say(f"{worker.id} takes jobs, {worker.ready - worker.begun:.1f} s after its start")
@@ -155,8 +155,8 @@ class Fleet:
 
     def _idle(self, worker: WorkerProcess) -> float:
         """Return for how many seconds a worker has had nothing to do; below 0 if it has."""
-        seen = self._plane.workers.get(worker.id)
-        return -1.0 if seen is None or seen.idle_since is None else time.monotonic() - seen.idle_since
+        client = self._plane.workers.get(worker.id)
+        return -1.0 if client is None or client.idle_since is None else time.monotonic() - client.idle_since
 
     async def _start(self) -> None:
         self._started += 1
@@ -203,8 +203,8 @@ class Fleet:
         else:
             how += _no_room(self._logs)
         if worker.ready is None:
-            known = None if worker.overdue else reason(worker.log)
-            self._endpoint.boot_failed(known or f"{worker.id} {how}")
+            cause = None if worker.overdue else reason(worker.log)
+            self._endpoint.boot_failed(cause or f"{worker.id} {how}")
             self._missing += 1  # until the next look
             prune([each.log for each in self.past if each.ready is None])
         if worker.ready is not None or self._boots.trouble is None:
@@ -212,8 +212,8 @@ class Fleet:
             self._say(f"{worker.id} {how}; " + (f"the end of its log:{end}" if end else "its log is empty"))
         else:
             waiting = len(self._plane.queue)
-            kept = f"; waiting for one: {plural(waiting, 'job')}" if waiting else ""
-            self._say(f"{self._boots.trouble} ({worker.log}); the next in {self._boots.pause:.0f} s{kept}")
+            queue = f"; waiting for one: {plural(waiting, 'job')}" if waiting else ""
+            self._say(f"{self._boots.trouble} ({worker.log}); the next in {self._boots.pause:.0f} s{queue}")
 
     def _retire(self, worker: WorkerProcess) -> None:
         if worker.stopping:

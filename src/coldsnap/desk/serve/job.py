@@ -148,14 +148,14 @@ class Job:
 
     async def stream(self) -> AsyncIterator[Any]:
         """Yield every chunk's output in order of arrival, from the first; then raise the job's error."""
-        seen = 0
-        while seen < len(self.chunks) or not self.done:
-            if seen == len(self.chunks):
+        position = 0
+        while position < len(self.chunks) or not self.done:
+            if position == len(self.chunks):
                 await self._changed.wait()
             else:
-                seen += 1
-                self.read = max(self.read, seen)
-                yield self.chunks[seen - 1]
+                position += 1
+                self.read = max(self.read, position)
+                yield self.chunks[position - 1]
         self._raise_error()
 
     def unread(self) -> list[Any]:

@@ -63,13 +63,13 @@ class Page:
         return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        shown: object = None
+        last_stir: object = None
         quiet = _LOOKS
         while not self._closed:
             stir = self._view.stir()
-            quiet = 0 if stir != shown else quiet + 1
+            quiet = 0 if stir != last_stir else quiet + 1
             if quiet in {0, _LOOKS}:
-                shown, quiet = stir, 0
+                last_stir, quiet = stir, 0
                 yield b"data: %b\n\n" % self._view.answer()
             await asyncio.sleep(_LOOK_SECONDS)
 

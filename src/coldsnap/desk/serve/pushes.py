@@ -147,9 +147,9 @@ def labelled(families: Iterable[Metric], labels: Labels) -> Iterator[Metric]:
 
 def merged(families: Iterable[Metric]) -> list[Metric]:
     """Make one family of those with one name: the text format has each once."""
-    found: dict[str, Metric] = {}
+    metrics: dict[str, Metric] = {}
     for family in families:
-        if family.name not in found:
-            found[family.name] = Metric(family.name, family.documentation, family.type)
-        found[family.name].samples += family.samples
-    return list(found.values())
+        if family.name not in metrics:
+            metrics[family.name] = Metric(family.name, family.documentation, family.type)
+        metrics[family.name].samples += family.samples
+    return list(metrics.values())

@@ -67,12 +67,12 @@ class Rows:
         queued = [job for job in recent if job.state is JobState.IN_QUEUE][:_OF_THEM_QUEUED]
         ended = [job for job in recent if job.done]
         live = {name for name, row in self._rows.items() if row["state"] in _LIVE and name in board.jobs}
-        shown = running[:_OF_THEM_RUNNING]
-        for job in reversed([*queued, *shown, *ended, *(board.jobs[name] for name in live)]):
+        newest_running = running[:_OF_THEM_RUNNING]
+        for job in reversed([*queued, *newest_running, *ended, *(board.jobs[name] for name in live)]):
             self._rows[job.id] = self._row(job, now)
         _forget_oldest(self._rows)
         _forget_oldest(self._transcripts)
-        rows = [self._rows[job.id] for job in [*queued, *shown]]
+        rows = [self._rows[job.id] for job in [*queued, *newest_running]]
         rest = [row for row in self._rows.values() if row["state"] not in _LIVE]
         rest.sort(key=lambda row: row["number"], reverse=True)
         rows += rest[: _ROWS - len(rows)]
@@ -80,7 +80,7 @@ class Rows:
         return {
             "rows": rows,
             "queued_more": len(board.queue) - len(queued),
-            "running_more": len(running) - len(shown),
+            "running_more": len(running) - len(newest_running),
         }
 
     def _row(self, job: Job, now: float) -> Row:
@@ -88,8 +88,8 @@ class Rows:
             transcript = self._transcripts[job.id] = Transcript(job)
         transcript.follow(job)
         times, record = job.timestamps, self._records.get(job.id)
-        taken = times.taken
-        ttft = times.first_chunk - taken if taken is not None and times.first_chunk is not None else None
+        started = times.taken
+        ttft = times.first_chunk - started if started is not None and times.first_chunk is not None else None
         row: Row = {
             "id": job.id,
             "number": job.number,
@@ -99,8 +99,8 @@ class Rows:
             "question": transcript.question,
             "text": transcript.text,
             "characters": transcript.characters,
-            "waited": round((now if taken is None else taken) - times.submitted, 7),
-            "took": None if taken is None else round((times.done or now) - taken, 6),
+            "waited": round((now if started is None else started) - times.submitted, 7),
+            "took": None if started is None else round((times.done or now) - started, 6),
             "ttft": ttft,
             "error": None if job.error is None else job.error[:500],
             "attempts": job.attempts,
@@ -124,10 +124,15 @@ def _forget_oldest(known: dict[str, Any]) -> None:
 
 def _spread(values: Iterable[float]) -> Row:
     """Return the values as they came, and quantiles that are values (nearest rank)."""
-    found = list(values)
-    ordered = sorted(found)
+    numbers = list(values)
+    ordered = sorted(numbers)
 
     def quantile(share: float) -> float | None:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
-    return {"count": len(found), "p50": quantile(0.5), "p95": quantile(0.95), "values": [round(x, 5) for x in found]}
+    return {
+        "count": len(numbers),
+        "p50": quantile(0.5),
+        "p95": quantile(0.95),
+        "values": [round(x, 5) for x in numbers],
+    }

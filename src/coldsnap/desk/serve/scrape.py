@@ -87,9 +87,9 @@ class Platform(Collector):
         yield ended
         yield CounterMetricFamily("coldsnap_endpoint_retries", "Jobs tried again", value=plane.counts["retried"])
         workers = GaugeMetricFamily("coldsnap_endpoint_workers", "Workers by state", labels=["state"])
-        found = self._fleet.count()
+        counts = self._fleet.count()
         for name in STATES:
-            workers.add_metric([name], found[name])
+            workers.add_metric([name], counts[name])
         yield workers
 
 

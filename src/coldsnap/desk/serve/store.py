@@ -63,16 +63,16 @@ class Store:
         self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         (whole,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        found, expected = _layout(self._db), _layout(_empty())
+        actual, expected = _layout(self._db), _layout(_empty())
         if whole != "ok":
             raise ServeError(f"--state {self._path}: the file is damaged ({whole}); name another")
         if version > _VERSION:
             raise ServeError(f"--state {self._path}: made by a newer coldsnap; name another file")
-        if found and expected.items() - found.items():
+        if actual and expected.items() - actual.items():
             raise ServeError(f"--state {self._path}: the database of another program; name another file")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
-        if not found:
+        if not actual:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         else:
             self._db.execute("BEGIN EXCLUSIVE").execute("COMMIT")

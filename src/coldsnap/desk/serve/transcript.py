@@ -54,13 +54,13 @@ def _asked(payload: bytes) -> tuple[str, str]:
     if len(payload) > _PARSED_BYTES:
         return "", f"({len(payload) / 1e6:.1f} MB)"
     try:
-        given = json.loads(payload).get("input")  # a client may send what orjson refuses
+        job_input = json.loads(payload).get("input")  # a client may send what orjson refuses
     except (ValueError, RecursionError):
         return "", ""
-    if not isinstance(given, dict):
+    if not isinstance(job_input, dict):
         return "", ""
-    route = given.get("openai_route") or given.get("route") or "native"
-    body = given.get("openai_input") or given.get("body") or given
+    route = job_input.get("openai_route") or job_input.get("route") or "native"
+    body = job_input.get("openai_input") or job_input.get("body") or job_input
     if not isinstance(body, dict):
         return _printable(str(route)[:100]), ""
     messages = body.get("messages") or body.get("input")
@@ -80,14 +80,14 @@ def _text(chunk: Any) -> str:
         return ""
     if "data: {" not in chunk:
         return ""
-    found = []
+    texts = []
     for line in chunk.splitlines():
         if line.startswith("data: {"):
             try:
-                found.append(_delta(orjson.loads(line[6:])))
+                texts.append(_delta(orjson.loads(line[6:])))
             except ValueError:  # part of an event, from another handler than ours
                 continue
-    return "".join(found)
+    return "".join(texts)
 
 
 def _delta(event: Any) -> str:

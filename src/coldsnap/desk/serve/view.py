@@ -73,10 +73,10 @@ class View:
         for process in itertools.chain(self._fleet.past, self._fleet.workers.values()):
             if process.id in self._closed:
                 continue
-            seen = self._workers.setdefault(process.id, _Seen(process))
-            records = seen.log.read()
+            worker = self._workers.setdefault(process.id, _Seen(process))
+            records = worker.log.read()
             for record in records:
-                seen.account.add(record)
+                worker.account.add(record)
                 if isinstance(record, Request):
                     self._rows.add(record)
             if process.ended is not None and not records:
@@ -84,15 +84,15 @@ class View:
 
     def _whole(self, now: float) -> Row:
         plane, scaling = self._endpoint.plane, self._endpoint.scaling
-        seen = list(self._workers.values())
-        boots = [each.account.cold_start for each in seen if each.account.cold_start]
+        workers = list(self._workers.values())
+        boots = [each.account.cold_start for each in workers if each.account.cold_start]
         spent, billed, usd = Split(), 0, 0.0
-        for each in seen:
+        for each in workers:
             spent.add(self._split(each, now))
             seconds = each.account.billed(each.process.begun, each.process.ended or now)
             billed += seconds
             usd += seconds * (self._price(each.account).per_second or 0.0)
-        priced = [self._price(account) for each in seen if (account := each.account).cold_start]
+        priced = [self._price(account) for each in workers if (account := each.account).cold_start]
         price = priced[-1] if priced else None
         counts = plane.counts
         return {
@@ -138,34 +138,34 @@ class View:
         past = [self._workers[each.id] for each in self._fleet.past[-_ENDED_WORKERS:] if each.id in self._workers]
         return [*(self._workers[name] for name in self._fleet.workers if name in self._workers), *reversed(past)]
 
-    def _worker(self, seen: _Seen, now: float) -> Row:
-        process, account = seen.process, seen.account
-        known = self._endpoint.plane.workers.get(process.id)
+    def _worker(self, worker: _Seen, now: float) -> Row:
+        process, account = worker.process, worker.account
+        client = self._endpoint.plane.workers.get(process.id)
         ended = process.ended is not None
         state: str = "ended" if ended else "stopping" if process.stopping else self._fleet.state(process)
         boot = account.cold_start
         return {
             "id": process.id,
             "state": state,
-            "why": process.how if ended else known.unhealthy if known else None,
+            "why": process.how if ended else client.unhealthy if client else None,
             "asked": process.stopping,
             "ago": _ago(now, process.ended),
             "life": round((process.ended or now) - process.begun, 1),
             "ready": None if process.ready is None else round(process.ready - process.begun, 3),
-            "running": len(known.running) if known else 0,
-            "taken": known.taken if known else None,
-            "idle": _ago(now, known.idle_since) if known else None,
-            "says": seen.log.said if boot is None else None,
+            "running": len(client.running) if client else 0,
+            "taken": client.taken if client else None,
+            "idle": _ago(now, client.idle_since) if client else None,
+            "says": worker.log.said if boot is None else None,
             "boot": None if boot is None else _boot(boot),
-            "spent": _split(self._split(seen, now)),
+            "spent": _split(self._split(worker, now)),
         }
 
-    def _split(self, seen: _Seen, now: float) -> Split:
+    def _split(self, worker: _Seen, now: float) -> Split:
         plane = self._endpoint.plane
-        known = plane.workers.get(seen.process.id)
-        running = [plane.jobs[name].timestamps.taken for name in known.running if name in plane.jobs] if known else []
+        client = plane.workers.get(worker.process.id)
+        running = [plane.jobs[name].timestamps.taken for name in client.running if name in plane.jobs] if client else []
         since = min((taken for taken in running if taken is not None), default=None)
-        return seen.account.split(seen.process.begun, seen.process.ended or now, since)
+        return worker.account.split(worker.process.begun, worker.process.ended or now, since)
 
 
 def _ago(now: float, then: float | None) -> float | None:
