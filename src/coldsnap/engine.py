@@ -63,7 +63,7 @@ class Meter:
     gpu_seconds: float = 0.0
     """The job's share of the engine's steps; one GPU's, however many the engine has."""
     prefill_seconds: float = 0.0
-    """What of it went into the prompt; the rest is decoding."""
+    """The part of `gpu_seconds` that went into the prompt; the rest is decoding."""
     steps: int = 0
     batch: int = 0
     """Engine steps that the job's requests were in, and how many requests were in each, summed."""
@@ -72,9 +72,9 @@ class Meter:
     estimated: bool = False
     """Whether some of it is an equal split by time, or some step's report was lost."""
     calls: list[asyncio.Future[None]] = field(default_factory=list)
-    """One for each call of the engine, done once it is accounted for."""
+    """A future for each call of the engine, done once the call is accounted for."""
     final: bool = False
-    """Whether the job's record has been written: what still comes is nobody's."""
+    """Whether the job's record has been written: seconds that come later are overhead."""
     sequences: int = 0
     """Completions started: `n`, times the prompts of a batched request."""
     finish_reason: str | None = None
@@ -161,7 +161,7 @@ class Usage:
     joules: float | None = None
     """What the GPUs report to have used since the engine's boot, None where they report nothing."""
     request_joules: float | None = None
-    """What of it was requests'."""
+    """The part of `joules` that was charged to requests."""
     estimated: str | None = None
     """Why some shares are an equal split by time instead of measured steps, if some are."""
 

@@ -1,4 +1,4 @@
-"""A worker's life as it is billed: its books from the kernel's start of the process to the end."""
+"""Keeps a worker's books from the start of its process to its end, as the platform bills it, and writes them down."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Life:
         return record
 
     def drain(self) -> None:
-        """Count what is neither run nor idle from now on as drain."""
+        """Count seconds without a running step as drain from now on, not as idle."""
         if self._books is not None:
             self._books.drain(self._clock(), self._booted.engine.usage())
 

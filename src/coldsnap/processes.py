@@ -1,4 +1,4 @@
-"""The worker's other processes at its end: none stays, nor what they shared, and Python's own end is skipped.
+"""Ends the worker's processes: none stays, nor what they shared, and Python's slow teardown is skipped.
 
 A worker is billed until it has stopped, so nothing is tidied up that the kernel tidies up anyway.
 """
@@ -19,7 +19,7 @@ from typing import NoReturn
 _SHARED = re.compile(r"/dev/shm/psm_\w+")  # noqa: S108 -- Python chooses the place
 """Python's own names for shared memory."""
 PIPE = "coldsnap-"
-"""How the name of a step meter's pipe begins: any other may be what somebody redirected our output to."""
+"""Prefix of the step meter's pipes: any other pipe may be where somebody redirected our output to."""
 
 
 def children(pid: int) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""The compile caches of a boot: fetched as a bundle beside the import of vLLM, made into one where there was none.
+"""Fetches a boot's compile caches as a bundle while vLLM is imported, and makes a bundle where there was none.
 
 boot -> fingerprint -> its bundle, unpacked before the engine looks for it -> ... -> first idle second -> a new bundle
 
@@ -75,12 +75,12 @@ class Caches:
     _fetching: Helper | None = None
 
     def begin(self, environ: Mapping[str, str]) -> None:
-        """Start the process that fetches; it gets ready until it is asked."""
+        """Start the process that fetches; it waits until `ask` names the model."""
         self._environ = dict(environ)
         self._fetching = self.helper("fetch")
 
     def ask(self, supply: Supply, model: str) -> None:
-        """Say which model it is, as soon as that is known and the environment is what vLLM will find."""
+        """Tell the fetching process the model, as soon as it is known and the environment is what vLLM will find."""
         manifest = supply.manifest
         self._factors = fingerprint.of_settings(
             digest=manifest.digest if manifest else None,
@@ -134,7 +134,7 @@ class Caches:
 
 
 def making(cached: Cached, started: float, boot_seconds: float) -> dict[str, Any] | None:
-    """Return what is asked of a helper that stores, after a boot with this outcome; None if it should not.
+    """Return the request to a helper that stores a bundle after this boot; None if there is nothing to store.
 
     `started` is when the boot began (s since 1970), `boot_seconds` what its engine took.
     """
@@ -243,7 +243,7 @@ class Helper:
         return answer
 
     def be_idle(self) -> None:
-        """Let it have only what nobody else wants of the processors and disks."""
+        """Give the process the lowest priority for processors and disks."""
         try:
             os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
         except OSError:  # a sandbox without it
@@ -261,7 +261,7 @@ class Helper:
         self.leave()
 
     def leave(self) -> None:
-        """Hear no more from it."""
+        """Stop listening to the process; it goes on by itself."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -38,7 +38,7 @@ ROOTS: Mapping[str, tuple[str, ...] | None] = {
 Not vLLM's table of which GPUs reach each other: it is the machine's, not its kind's.
 """
 MOST_BYTES = 1 << 30
-"""Of a bundle; what it holds may be four times as much."""
+"""Largest size of a bundle, compressed; what it holds may be four times as much."""
 _MOST_UNPACKED = 4 * MOST_BYTES
 _LEFT_OUT = frozenset({"locks", "precompiled_headers"})
 """Folders of no use without the process that made them, or without a compiler."""

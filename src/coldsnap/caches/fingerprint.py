@@ -1,4 +1,4 @@
-"""What a cache bundle depends on, under one name: machine, versions, snapshot, engine arguments, environment.
+"""Names everything a cache bundle depends on: machine, versions, snapshot, engine arguments, environment.
 
 vLLM, Inductor, Triton and FlashInfer look their entries up by keys of their own, so a fingerprint that is too coarse
 costs a useless download, one that is too fine a bundle more. It has what those keys do not: code that a compiler
@@ -85,7 +85,7 @@ def name_of(factors: Mapping[str, str]) -> str:
 
 
 def differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """Return in words by what a bundle that was made for `theirs` is not for us."""
+    """Return in words what differs between the factors a bundle was made for and ours."""
     differences = [
         f"{name} {theirs.get(name, 'none')} instead of {ours.get(name, 'none')}"
         for name in sorted(ours.keys() | theirs.keys())

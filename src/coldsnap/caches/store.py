@@ -1,4 +1,4 @@
-"""Where bundles lie: a folder that workers share, or a bucket. Nobody overwrites what is good.
+"""Stores bundles in a folder that workers share, or in a bucket. A good bundle is never overwritten.
 
 When one was last used is known by the store's own clock: in a folder a hit sets the file's time, in a bucket it writes
 an empty object beside it, `<name>.used`. A bundle that was deleted while it was in use costs one boot without it.
@@ -24,7 +24,7 @@ _ATTEMPTS = 2
 _TIMEOUT_SECONDS = 5.0
 _USED = ".used"
 _BUNDLE = re.compile(rf"(?P<name>[0-9a-f]{{32}}\.bundle)({re.escape(_USED)})?")
-"""What is ours in a place: nothing else is ever deleted."""
+"""How our files are named: nothing else is ever deleted."""
 
 
 class Store(Protocol):

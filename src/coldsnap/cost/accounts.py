@@ -1,4 +1,4 @@
-"""Who pays for which step: the engine's numbered requests brought together with the jobs they run for.
+"""Charges the engine's steps to jobs: the engine's numbered requests are matched with the jobs they run for.
 
 frame -> ledger (shares by number) -> account (one call of the engine's `generate`) -> the job's meter
 
@@ -37,12 +37,12 @@ class Account:
 
     name: str
     requests: int
-    """How many requests it is inside the engine."""
+    """How many requests the call has become inside the engine: `n`, or one."""
     meter: Meter
     entered: float
-    """Where the equal split stood when it began, and at its first output."""
+    """Virtual time of the equal split when the call began; `first` is the same at its first output."""
     frames: int
-    """Frames read, and steps lost, before it began."""
+    """Frames that had been read, and steps that had been lost, when the call began."""
     lost: int
     first: float | None = None
     key: str | None = None
@@ -56,7 +56,7 @@ class Account:
     """Steps that its requests were in, and the sizes of those steps' batches, summed."""
     joules: float = 0.0
     split: tuple[float, float] = (0.0, 0.0)
-    """Its part of the equal split since the last frame: before and after its first output."""
+    """The call's seconds by the equal split since the last frame: before and after its first output."""
     aborted: bool = False
     closed: bool = False
     settled: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -86,12 +86,12 @@ class Accounts:
         self._counters = energy
         self._energy = EnergyShares(ledger)
         self._reading: Reading | None = None
-        """The latest that has been shared, None before the first."""
+        """The latest reading of the energy counters that has been shared, None before the first."""
         self._estimated: str | None = None
         self._frames = 0
         self._payers: dict[int, Account] = {}
         self._met = np.zeros((64, 2), np.int64)
-        """By a request's number: steps it was in, and how many requests were in those, summed."""
+        """For each request's number: the steps it was in, and the sizes of their batches, summed."""
         self._open: dict[str, list[Account]] = {}
         if unmetered:
             self._estimate(unmetered)
@@ -191,7 +191,7 @@ class Accounts:
         self._since = self._split.look()
 
     def _bind(self, number: int, inside: str) -> None:
-        """Find the call that a request of the engine belongs to. One that has none is nobody's: overhead."""
+        """Match a request inside the engine with the call it belongs to; one without a call is overhead."""
         match = _INSIDE.fullmatch(inside)
         assert match is not None
         outside, key = match[1], match[2] or ""

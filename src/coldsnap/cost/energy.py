@@ -1,4 +1,4 @@
-"""Who owns a joule: the GPUs' energy, shared by the seconds that the ledger has charged.
+"""Shares the GPUs' energy among requests, in proportion to the seconds that each was charged.
 
 NVML counts each GPU's energy, in steps of 20 to 100 ms: far longer than a step, so that no step has joules of its
 own. A thread reads the counters ten times a second. Between two readings, dt apart, the GPUs have used dE. Every
@@ -31,28 +31,28 @@ _READ_EVERY_SECONDS = 0.1
 
 
 class EnergyShares:
-    """Shares what is measured by what `ledger` has charged. Pure; times in seconds."""
+    """Shares measured joules in proportion to the seconds that `ledger` has charged. Pure; times in seconds."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._spent = ledger.spent
         self._priced = ledger.held
-        """Of each request's seconds in the ledger, those that are paid for: `_owed` has their joules."""
+        """Seconds of each request that joules have been shared for already; `_owed` holds those joules."""
         self._owed: NDArray[np.float64] = np.zeros(len(self._priced))
         self._watts = 0.0
         self._pool = 0.0
-        """Measured and not yet shared; below zero, shared before it was measured."""
+        """Joules that are measured and not yet shared; below zero if they were shared before they were measured."""
         self._ended = 0.0
         """Seconds, since the last reading, of requests that have ended in between."""
         self._paid = 0.0
         self.total = 0.0
         """Joules measured."""
         self.of_worker = 0.0
-        """Joules of overhead and idle time, and of requests that nobody had asked for."""
+        """Joules of overhead and idle time, and of requests that belong to no job."""
 
     @property
     def of_requests(self) -> float:
-        """Joules that are requests'."""
+        """Joules that were charged to requests."""
         return self._paid + float(self._owed.sum())
 
     def measured(self, joules: float, seconds: float) -> None:
@@ -113,7 +113,7 @@ class EnergyCounters:
     def __init__(
         self, devices: Sequence[int], warn: Callable[[str], None], nvml: Callable[[], Any] | None = None
     ) -> None:
-        """Name the GPUs as NVML numbers them. `nvml` returns the module that speaks to it."""
+        """Take the GPUs by NVML's indices. `nvml` returns the module that speaks to the driver."""
         self._devices = devices
         self._warn = warn
         self._load = nvml or _pynvml

@@ -1,4 +1,4 @@
-"""The fallback of `accounts`, where steps are not metered: busy seconds split equally among the requests.
+"""Splits the engine's busy seconds equally among the requests inside it, where its steps cannot be metered.
 
 While n requests are in the engine each of them is charged 1/n of every second. The sum of all shares is
 therefore exactly the time during which the engine had work. This knows nothing of tokens or steps.

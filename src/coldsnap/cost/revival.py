@@ -23,9 +23,9 @@ class Clocks:
     monotonic: float
     """Stands still while the machine is suspended."""
     boottime: float
-    """Goes on while it is."""
+    """Goes on while the machine is suspended."""
     wall: float
-    """Alone knows how long a process lay on a disk as a checkpoint."""
+    """The only clock that goes on while a process lies on a disk as a checkpoint."""
 
     @classmethod
     def now(cls) -> Self:

@@ -1,4 +1,4 @@
-"""Who owns a GPU-second: engine steps in, shares out. Pure: no clock, no vLLM, no I/O.
+"""Shares each engine step's seconds among the requests in it. Pure: no clock, no vLLM, no I/O.
 
 A step of wall time T computes tokens for a set B of requests. Its fixed cost a, reading the weights once, is
 everybody's; what a request adds is its own:
@@ -47,7 +47,7 @@ class Step:
     context: Floats
     """(n,) positions computed so far, this step's included."""
     plain: bool = False
-    """Each request decoded one token, and nothing else: most steps. Then less is left to compute."""
+    """Whether each request decoded one token and nothing else, as in most steps: a shorter formula does then."""
 
     @cached_property
     def new(self) -> Floats:
@@ -95,7 +95,7 @@ def shares(step: Step, coefficients: Floats) -> Floats:
 
 
 def decode_shares(step: Step, coefficients: Floats) -> Floats:
-    """Split a plain step's duration; return seconds of shape (n,): `shares` without its zeros and ones."""
+    """Split a plain step's duration; return seconds of shape (n,), equal to the decode column of `shares`."""
     a, _, c, d = coefficients.tolist()
     phi: Floats = d * step.context
     phi += a / len(phi) + c
@@ -107,7 +107,7 @@ def decode_shares(step: Step, coefficients: Floats) -> Floats:
 
 
 class Ledger:
-    """Charges steps to numbered requests. What is taken was a request's; what is written off is overhead."""
+    """Keeps the seconds charged to each request until they are taken for a job or written off as overhead."""
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
@@ -120,12 +120,12 @@ class Ledger:
 
     @property
     def lost_steps(self) -> int:
-        """Steps that are known to have happened, and how long they took, but not for whom."""
+        """How many steps are known by their duration only: their frames were lost."""
         return self._lost
 
     @property
     def held(self) -> Floats:
-        """(n,) seconds of each numbered request that have not been taken."""
+        """(n,) seconds charged to each numbered request that no job has been billed for yet."""
         seconds: Floats = self._rows.sum(axis=1)
         return seconds
 

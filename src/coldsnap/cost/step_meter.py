@@ -28,7 +28,7 @@ from typing import Any
 VARIABLE = "COLDSNAP_STEPS"
 """Environment variable with the FIFO's path: the way into a process that vLLM starts."""
 FACTORY = "coldsnap.cost.step_meter.make_scheduler"
-"""What to name as vLLM's `scheduler_cls`."""
+"""Value of vLLM's `scheduler_cls`."""
 
 HEADER = struct.Struct("<IddfIdIHH")
 """Bytes that follow, start, end, seconds of metering, frames and seconds lost before, bytes of events,
@@ -71,7 +71,7 @@ class _Metered:
 
 
 class _Request:
-    """What is remembered of a request from step to step. Positions are counted in tokens."""
+    """What the meter remembers of a request from step to step. Positions are counted in tokens."""
 
     __slots__ = ("frontier", "last", "number", "plain", "preemptions", "prompt")
 
@@ -79,12 +79,12 @@ class _Request:
         self.number = number
         self.prompt = prompt
         self.last = -1
-        """Computed after the latest step."""
+        """Position up to which tokens are computed after the latest step."""
         self.preemptions = preemptions
         self.frontier = 0
-        """Computed before the latest preemption: up to here tokens are computed again."""
+        """Position reached before the latest preemption: tokens up to here are computed again."""
         self.plain = prompt
-        """From here on every token is new and decoded."""
+        """Position from which on every token is a newly decoded one."""
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class _Scheduled:
 
 
 class StepMeter:
-    """Turns what a scheduler does into frames. Nothing that it meets raises into the scheduler."""
+    """Writes a frame for each step of a scheduler. No failure of its own ever reaches the scheduler."""
 
     def __init__(self, fd: int, clock: Callable[[], float] = now) -> None:
         self._fd = fd

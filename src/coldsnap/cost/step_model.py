@@ -23,7 +23,7 @@ _RIDGE_TOKENS = 256.0
 Waterman and Patterson, 2009), about 300 for a datacentre GPU in bf16, less elsewhere. Only a start."""
 _REMEMBERED_STEPS = 2000.0
 _TRUST = 0.01
-"""Weight of the start, in typical steps: it settles what they leave open, such as b before any prefill."""
+"""How many typical steps the first guess weighs: it decides what steps leave open, such as b before any prefill."""
 _SOLVE_EVERY = 32
 
 _ACTIVE = np.array(list(product((False, True), repeat=4)))

@@ -1,4 +1,4 @@
-"""The front end's side of `step_meter`: frames out of the FIFO, as steps that the ledger can charge."""
+"""Reads the frames of `step_meter` out of its FIFO and turns them into steps that can be charged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coldsnap.processes import PIPE
 
 _PIPE_BYTES = 1 << 20
 _READ_EVERY_SECONDS = 0.05
-"""The first frame of a read costs several times what those behind it do, which find the caches warm."""
+"""Frames are read in batches: the first of a read costs several times what the others do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Frame:
     lost_seconds: float
     events: tuple[tuple[str | None, int], ...]
     broken: str | None = None
-    """Why this is the last one."""
+    """Why the metering ended with this frame, None for all others."""
 
 
 class StepReader:
@@ -44,7 +44,7 @@ class StepReader:
     def __init__(self, on_frame: Callable[[Frame], None]) -> None:
         self._on_frame = on_frame
         self.path = str(Path(tempfile.gettempdir(), f"{PIPE}{uuid4().hex}"))
-        """For the engine's environment."""
+        """The FIFO's path, handed to the engine by its environment."""
         os.mkfifo(self.path, 0o600)
         self._fd = os.open(self.path, os.O_RDWR | os.O_NONBLOCK)  # a writer too: no end of file between others
         with contextlib.suppress(OSError):  # more than a user may have in all: then what the pipe has

@@ -1,4 +1,4 @@
-"""What a job cost, and where its answer says so: beside `usage`, as `cost`."""
+"""Works out what a job cost and puts it into the job's answer, as `cost` beside `usage`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs by event: what this worker changes about the SDK's scaler. It knows the SDK but does not import it.
+"""Starts jobs when they arrive instead of every 100 ms: the part of the SDK's scaler that this worker replaces.
 
 The SDK wakes every 100 ms to start jobs, counts the queue and the running jobs twice when it asks for more,
 is deaf to cancels for a second after each idle poll, and drains without a deadline. Here a job starts when it
@@ -20,11 +20,11 @@ _TAKE_SECONDS = 90.0
 _TOO_MANY_SECONDS = 5.0
 """The SDK's own pause after a 429."""
 _LEAST_POLL_SECONDS = 0.1
-"""An answer that comes at once, again and again, must not make the stop channel spin."""
+"""Least time between two polls of the stop channel, should its answers come at once."""
 _EARLY_STOP_SECONDS = 1.0
 """How long a cancel may be ahead of its job: they come over two connections."""
 _LAST_POSTS_SECONDS = 5.0
-"""For the POSTs of jobs that a drain has ended."""
+"""How long jobs that a drain has ended may take for their last POSTs."""
 
 
 class Worker(Protocol):
@@ -39,13 +39,13 @@ class Worker(Protocol):
         """Remember the scaler, whose `kill_worker` begins the drain."""
 
     async def ready(self) -> None:
-        """Make ready for jobs, in their event loop; none is taken before this returns."""
+        """Prepare for jobs, in the event loop that will run them; no job is taken before this returns."""
 
     async def watch(self) -> None:
         """Run beside the jobs until cancelled."""
 
     def draining(self) -> None:
-        """Learn that SIGTERM has come and running jobs are being waited for."""
+        """Called when SIGTERM has come and the running jobs are waited for."""
 
     def stop_jobs(self) -> None:
         """End every running job with an error."""

@@ -1,4 +1,4 @@
-"""Chunks to the platform: in order, each delivered or the job fails. In place of the SDK's own posting.
+"""Posts a job's chunks to the platform in order; a chunk is delivered or the job fails. Replaces the SDK's posting.
 
 The SDK gives a chunk up after one 4xx or three 5xx and goes on with the next, so that text is missing and
 nobody is told; and a result that is given up leaves a job that never ends. Here a POST is repeated until it
@@ -26,7 +26,7 @@ _LONGEST_WAIT = 2.0
 _GIVE_UP_SECONDS = 60.0
 """For how long one chunk is offered again to a platform that fails or throttles."""
 _HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
-"""The SDK's, whatever the body: the platform is known to read JSON under them."""
+"""The headers that the SDK sends, whatever the body: the platform is known to read JSON under them."""
 _CHUNK_BYTES = 1_000_000
 """The platform takes a streamed chunk of at most 1 MB, and a result of 10 or 20."""
 _TOO_MANY = 429
@@ -52,7 +52,7 @@ class Egress:
         self._log = log
         self._poster = Poster()
         self.posts = 0
-        """Chunks and results that the platform has taken."""
+        """How many chunks and results the platform has taken."""
 
     async def handle_job(self, session: aiohttp.ClientSession, _config: object, job: dict[str, Any]) -> None:
         """Run one job and post everything that it yields, then its result. Of the session only headers are used."""

@@ -34,7 +34,7 @@ _CHUNK_CHARACTERS = 160_000
 """A chunk of the platform is at most 1 MB, and JSON needs at most six bytes for a character."""
 
 _LAST_CHARACTERS = _CHUNK_CHARACTERS // 2
-"""With room for what else the last chunk holds."""
+"""A native stream's last chunk has usage and cost beside its text."""
 
 Chunk = dict[str, Any] | str
 """What one POST carries: a native dict, whole events of an SSE stream, or a whole OpenAI answer."""

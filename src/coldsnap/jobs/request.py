@@ -1,4 +1,4 @@
-"""A job's input into a checked request. Every refusal names the field, what was found and what would be right.
+"""Checks a job's input and makes a request of it. An error names the field, what was found and what would be right.
 
 Three shapes are understood: native (`prompt` or `messages`), the platform's OpenAI passthrough
 (`openai_route`, `openai_input`) and worker-vllm's generic one (`route`, `body`, `method`).
@@ -157,7 +157,7 @@ def _check_parts(parts: list[Any], where: str) -> None:
 
 
 def _check_values(content: dict[str, Any]) -> None:
-    """Refuse what no tokenizer can read and no engine can take, anywhere in a job's input.
+    """Refuse values that no tokenizer can read or no engine can take, anywhere in a job's input.
 
     Those are lone surrogates, null characters, numbers that are infinite or beyond 64 bits, and nesting
     without end. A job of ten megabytes must not hold up the others: orjson looks first, in milliseconds, and

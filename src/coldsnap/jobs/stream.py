@@ -1,4 +1,4 @@
-"""Hand a stream on: a piece leaves at once; what accumulates while a chunk is on its way leaves together.
+"""Hands a stream on to a slower reader: a piece leaves at once, and what comes while it is on its way leaves together.
 
 The source runs in a task of its own, so that a slow consumer (a POST under way, a platform that retries)
 never holds up the engine, and so that a cancelled job can be stopped while its consumer is stuck.

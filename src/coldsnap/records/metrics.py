@@ -1,4 +1,4 @@
-"""The records as Prometheus metrics, beside vLLM's own, and their way out: a worker has no port to be scraped at.
+"""Turns records into Prometheus metrics beside vLLM's own, and pushes them: a worker has no port to be scraped at.
 
 record -> counters in prometheus_client's registry -> a Pushgateway, with METRICS_PUSH_URL
 
@@ -31,7 +31,7 @@ _OUTCOMES = ("stop", "length", "cancelled", "internal_server_error", "EngineDead
 
 
 class Metrics:
-    """What the records of this worker add up to. `see` takes each; a registry collects them."""
+    """Sums of this worker's records as metrics. `see` takes each record; a registry collects the sums."""
 
     def __init__(self, registry: CollectorRegistry | None = None, posts: Callable[[], int] = lambda: 0) -> None:
         """Register with `registry`, vLLM's by default. `posts` is how many chunks were posted so far."""
@@ -77,7 +77,7 @@ class Metrics:
             self._worker = record
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what comes as totals, for the registry."""
+        """Yield the metrics that are running totals, for the registry."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         seconds = CounterMetricFamily("coldsnap_gpu_seconds", "GPU-seconds of this worker by state", labels=["state"])

@@ -1,4 +1,4 @@
-"""The ledger's way into a bucket: a file of lines a flush, deleted once the bucket has it.
+"""Sends the ledger to a bucket: each flush seals a file of lines, which is deleted once the bucket has it.
 
 record -> unsent/<worker>.<boot>.<n>.open -> sealed, ….jsonl -> an object -> deleted
 
@@ -36,7 +36,7 @@ _IDLE_SECONDS = 3.0
 _STALE_SECONDS = 600.0
 """A file that was not written to for so long is a dead worker's: a living one writes every minute."""
 _LET_GO_SECONDS = 1.0
-"""For a write that was under way when another's file was sealed."""
+"""Pause for a write that was under way when another worker's file was sealed."""
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = 10.0
 

@@ -1,4 +1,4 @@
-"""A snapshot's way out of a bucket: `coldsnap pull s3://bucket/prefix FOLDER`, and a boot without a snapshot.
+"""Fetches a snapshot from a bucket: for `coldsnap pull s3://bucket/prefix FOLDER`, and for a boot without a snapshot.
 
 manifest -> lock -> space -> ranged reads side by side -> each file hashed as it is written -> renamed, whole
 

@@ -1,4 +1,4 @@
-"""A snapshot's way into a bucket: `coldsnap push FOLDER s3://bucket/prefix`.
+"""Sends a snapshot to a bucket: `coldsnap push FOLDER s3://bucket/prefix`.
 
 A file becomes the object `blobs/<its BLAKE3 digest>`, the manifest `coldsnap.json`, last. An object never changes
 under its name, so a push to a place that workers boot from disturbs none of them: until the manifest is there they

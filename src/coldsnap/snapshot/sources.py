@@ -1,4 +1,4 @@
-"""Where a boot's model comes from. The first of these that has what is asked for:
+"""Finds a boot's model in the first of these places that has it:
 
 image -> network volume -> the platform's cached models -> this machine's disk -> bucket -> hub
 
@@ -29,7 +29,7 @@ _HUB_CACHE = Path("huggingface-cache", "hub")
 
 @dataclass(frozen=True)
 class Supply:
-    """What was found. Without a `folder` vLLM downloads the model itself; without a `manifest` it is unverified.
+    """The model that a search found. Without a `folder` vLLM downloads it; without a `manifest` it is unverified.
 
     `verified`: every file's digest has been compared. `fetched_bytes` is None where vLLM does the fetching.
     `reading` is how the files were read to be compared, None where they were not, or while they were fetched.
@@ -55,7 +55,7 @@ class Search:
 
     finish: Callable[[], Supply]
     manifest: Manifest | None = None
-    """None also if it is still in a bucket."""
+    """The snapshot's manifest; None if there is none, or if it is still in a bucket."""
     offline: bool = True
     """Whether vLLM must not ask the hub for anything."""
     announced: Future[Supply] = field(default_factory=Future)

@@ -1,4 +1,4 @@
-"""Environment variables and the manifest into vLLM's own arguments, checked by vLLM's own parser.
+"""Turns environment variables and the manifest into vLLM's own arguments, checked by vLLM's own parser.
 
 There is no list of vLLM's arguments here: `TENSOR_PARALLEL_SIZE=2` is an argument because the parser that
 vLLM made has `--tensor-parallel-size`. Precedence: environment, then manifest, then vLLM's default.

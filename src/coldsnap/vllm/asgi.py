@@ -49,7 +49,7 @@ async def request(app: _App, call: HttpRequest) -> AsyncIterator[HttpResponse]:
 
 
 class _Client:
-    """The application's other end: what it receives, and what it has sent and nobody has read yet."""
+    """The client's end of a call: what the application receives, and what it has sent and nobody has read yet."""
 
     def __init__(self, body: bytes) -> None:
         self._request: _Message | None = {"type": "http.request", "body": body, "more_body": False}

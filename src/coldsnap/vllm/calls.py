@@ -1,4 +1,4 @@
-"""A job's calls of the engine: each opens an account, and is noted in the job's meter. Nothing here imports vLLM."""
+"""Meters a job's calls of the engine: each call opens an account and is noted in the job's meter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
 """The meter of the job that runs."""
 MADE: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
-"""Where an HTTP request's calls of the engine are noted."""
+"""The calls of the engine that the running HTTP request has made."""
 
 
 class MeteredLLM:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from coldsnap.cost.energy import EnergyCounters
 
 _LOOK_SECONDS = 1.0
-"""How far apart a look is at whether the engine still lives, while its first answer is waited for."""
+"""How often the engine is checked for being alive while its first answer is waited for."""
 _TEMPLATE_RESERVED = frozenset({
     "chat_template", "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -381,7 +381,7 @@ def _energy(parallel: Any, warn: Callable[[str], None]) -> EnergyCounters | None
 
 
 def _sizes(config: Any) -> tuple[float, float]:
-    """Return about how many bytes the weights are and one token's keys and values: where the fit begins."""
+    """Return the bytes of the weights and of one token's keys and values, roughly: the step model's first guess."""
     model, parallel = config.model_config, config.parallel_config
     layers, element = model.get_num_layers(parallel), model.dtype.itemsize
     files = Path(model.model).glob("*.safetensors")

@@ -1,4 +1,4 @@
-"""The pace of every stream, kept where it saves most: in vLLM, between its detokeniser and a request's outputs.
+"""Spaces a stream's chunks out inside vLLM, where it saves most: before an output is even built.
 
 A request's first output is made at once, afterwards one when its stream is due, and at once for the end or an error.
 What lies between stays with vLLM as tokens and text, as it does with its own `stream_interval`, which counts tokens
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 _STREAM_SECONDS = 0.001
-"""What the pace grows by with each stream: a chunk of each in turn, at most one a millisecond."""
+"""How much wider the pace gets with each stream, so that all streams together send a chunk a millisecond."""
 _WIDEST_SECONDS = 0.035
 """The pace never gets wider by load than this: with a step of the engine and a POST on top, 50 ms."""
 _SWEEP_SECONDS = 0.004
@@ -38,11 +38,11 @@ class Pace:
         self._open -= 1
 
     def due(self) -> float:
-        """Return when a stream whose chunk leaves now has its next: later while many jobs stream."""
+        """Return when a stream that sends a chunk now may send its next one: later while many jobs stream."""
         return self.clock() + max(self._least, min(_WIDEST_SECONDS, self._open * _STREAM_SECONDS))
 
     def hold(self, request: PacedRequest) -> None:
-        """Let a request go when it is due, should no further token do that: an engine may be long at a step."""
+        """Release a held request when it is due, even if no further token comes: a step may be long."""
         self._held.add(request)
         if not self._sweeping:
             self._sweeping = True
@@ -53,7 +53,7 @@ class Pace:
         self._held.discard(request)
 
     def release(self, queue: PacedQueue) -> None:
-        """Let a stream's consumer have all that is held of it."""
+        """Hand a stream's consumer everything that is held back for it."""
         for request in [request for request in self._held if request.queue is queue]:
             request.release()
 
@@ -74,14 +74,14 @@ class PacedQueue:
 
     output: Any
     due = 0.0
-    """When the consumer is to have more."""
+    """When the consumer may have more output, by the pace's clock."""
     ended = False
 
     def begin(self, pace: Pace) -> None:
         """Count as a stream, until closed."""
         self.pace = pace
         self._error: Exception | None = None
-        """One that came while an output was waiting."""
+        """An error that came while an output was waiting to be fetched."""
         pace.begin()
 
     def put(self, output: Any) -> None:
@@ -148,7 +148,7 @@ class PacedRequest:
         )
 
     def release(self) -> None:
-        """Let the consumer have what was held."""
+        """Hand the consumer what was held back."""
         self.queue.pace.let_go(self)
         if not self.queue.ended and (output := self.make_request_output([], None, None, None)) is not None:
             self.queue.put(output)

@@ -1,4 +1,4 @@
-"""The installed vLLM: what is known of it, and set for it, before it is imported. Nothing here imports it."""
+"""What is known of the installed vLLM, and set for it, before it is imported. Nothing here imports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's exceptions as ours. Nothing here imports vLLM: its exceptions are handed in by name."""
+"""Turns vLLM's exceptions into ours. Nothing here imports vLLM: its exceptions are handed in by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load on an endpoint, and what it did to it: `coldsnap bench`.
+"""`coldsnap bench`: puts a load on an endpoint and measures how it fared.
 
 lengths (`lengths`), trace -> calls (`schedule`) -> requests (`prompts`, `dialect`) -> endpoint (`endpoint`, `jobs`)
 -> answers (`answer`) -> outcomes (`driver`) -> figures (`figures`) -> terminal, page (`page`, `plots`)

@@ -1,4 +1,4 @@
-"""An answer as it streams in: when its output came, what it says it took, and how it ended.
+"""Reads an answer as it streams in: when its output came, its usage and cost, and how it ended.
 
 Output is what carries generated tokens: an event with `choices`, a chunk of a job. It counts with or without text,
 since a token may have none (a control token under `ignore_eos`, half a character); an event that only names the
@@ -28,7 +28,7 @@ class Failed(Exception):
 
 @dataclass(slots=True)
 class Answer:
-    """Times are of `time.perf_counter`."""
+    """One answer. Times are of `time.perf_counter`."""
 
     first: float | None = None
     last: float | None = None

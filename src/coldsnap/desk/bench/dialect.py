@@ -1,4 +1,4 @@
-"""What is asked of an endpoint: a native job of coldsnap's, or a request in one of two OpenAI formats."""
+"""Writes the bodies of requests: native jobs, or one of two OpenAI formats."""
 
 from __future__ import annotations
 

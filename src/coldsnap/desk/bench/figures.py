@@ -1,4 +1,4 @@
-"""What a load comes to: percentiles, rates, goodput, errors, cost, and how far the client itself can be trusted."""
+"""Summarises a load: percentiles, rates, goodput, errors, cost, and how far the client itself can be trusted."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from coldsnap.foundation.plural import plural
 _FEW = 100
 """Requests below which a p99 is the worst of them."""
 _BUSY = 0.7
-"""Of one core: a client that is busier is a part of what it measures."""
+"""Share of one core: a client that is busier than this is a part of what it measures."""
 _LATE = 0.1
-"""Of the median TTFT: requests that were sent later than that are said."""
+"""Share of the median TTFT: a note says so if requests were sent later than this."""
 _OFF = 0.02
 
 

@@ -1,4 +1,4 @@
-"""The first words with an endpoint: are address, key and model right, and how does it count a prompt's tokens?
+"""Checks an endpoint before a load: address, key and model, and how it counts a prompt's tokens.
 
 What fails here would fail for every request, so it is said once, by the option that is wrong.
 """

@@ -29,7 +29,7 @@ _CANCEL_SECONDS = 5.0
 
 
 class Polls:
-    """So many polls a second, with some in hand."""
+    """Limits polls to a rate, with a few in reserve."""
 
     def __init__(self, rate: float = _POLLS_PER_SECOND, burst: int = _POLLS_AT_ONCE) -> None:
         self._step = 1 / rate

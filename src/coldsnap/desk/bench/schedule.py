@@ -1,4 +1,4 @@
-"""When requests are to be sent and how long they are, without regard to what an endpoint makes of it."""
+"""Plans when requests are sent and how long they are, whatever the endpoint makes of them."""
 
 from __future__ import annotations
 

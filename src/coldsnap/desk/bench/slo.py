@@ -16,7 +16,7 @@ _TERM = re.compile(r"(\w+)=(\d+(?:\.\d+)?)(ms|s)")
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Most seconds by name."""
+    """The objectives: at most so many seconds for each name."""
 
     most: Mapping[str, float]
 

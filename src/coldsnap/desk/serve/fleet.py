@@ -57,7 +57,7 @@ class WorkerProcess:
     """It was killed because it took no jobs in time."""
     ended: float | None = None
     how: str = ""
-    """In which way it ended."""
+    """How the process ended, in words."""
 
 
 class Fleet:

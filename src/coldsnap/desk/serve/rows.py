@@ -1,4 +1,4 @@
-"""The newest jobs as the page shows them: a few rows, however many there are, and what they say of the latency."""
+"""Makes the page's rows of the newest jobs, and the latencies they show."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rows:
         self._records: dict[str, Request] = {}
         self._transcripts: dict[str, Transcript] = {}
         self._rows: dict[str, Row] = {}
-        """As they were when their job was last seen, by job, oldest first."""
+        """Rows by job id, oldest first, as they were when the job was last looked at."""
         self._ttft: deque[float] = deque(maxlen=_LATENCIES)
         self._itl: deque[float] = deque(maxlen=_LATENCIES)
         self._ended: list[tuple[float, int]] = []

@@ -1,4 +1,4 @@
-"""What a reader would want to see of a job: the question, and the text so far, out of the shapes that both come in.
+"""Extracts a job's question and its text so far, whatever the shape of its input and output.
 
 Native jobs yield `{"text": …}`; OpenAI's and Anthropic's streams come as SSE text, their answers as one object.
 A job of another shape has no text here, which is no error.
@@ -25,7 +25,7 @@ class Transcript:
     def __init__(self, job: Job) -> None:
         self.route, self.question = _asked(job.payload)
         self.text = ""
-        """Its end."""
+        """The end of the job's text."""
         self.characters = 0
         self._seen = 0
         self._attempt = job.attempts

@@ -27,7 +27,7 @@ _ENDED_WORKERS = 4
 
 
 class _Seen:
-    """What is known of one worker: its process, its log, and the sum of it."""
+    """One worker as the page knows it: its process, its log, and the sum of its records."""
 
     def __init__(self, process: WorkerProcess) -> None:
         self.process = process
@@ -36,7 +36,7 @@ class _Seen:
 
 
 class View:
-    """Reads on where it stopped the last time."""
+    """Puts the page's JSON together; each time it reads on where it stopped."""
 
     def __init__(self, endpoint: Endpoint, fleet: Fleet, price: float | None) -> None:
         self._endpoint = endpoint
