@@ -67,6 +67,7 @@ class Booted:
             cache_bundle=self.cached.fingerprint,
             cache_bytes=self.cached.bytes,
             model=info.models[0],
+            start_method=info.start_method,
             limits=info.limits,
             max_concurrency=self.settings.max_concurrency,
         )

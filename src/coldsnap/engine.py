@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 _SETTLE_SECONDS = 1.5
 """How long a job's record waits for the engine; what it misses is overhead."""
@@ -45,6 +45,8 @@ class EngineInfo:
     weights_digest: str | None = None
     """Digest of the snapshot, if one was verified."""
     limits: Limits | None = None
+    start_method: Literal["fork", "spawn"] | None = None
+    """How the engine's process was started, `fork` or `spawn`, if it has one."""
 
 
 @dataclass(slots=True)

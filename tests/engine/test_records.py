@@ -24,7 +24,7 @@ COMMON = {
 COLD_START = COMMON | {
     "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
     "fetch_gb_per_second", "read_gb_per_second", "disk_read_bytes", "cache", "cache_because", "cache_bundle",
-    "cache_bytes", "model", "limits", "max_concurrency", "revival", "away_seconds",
+    "cache_bytes", "model", "start_method", "limits", "max_concurrency", "revival", "away_seconds",
 }  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
@@ -69,6 +69,7 @@ async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> No
     limits = first["limits"]
     assert limits["max_num_seqs"] <= limits["max_num_batched_tokens"] < limits["kv_cache_tokens"]
     assert first["max_concurrency"] == 24
+    assert first["start_method"] == "fork"
 
 
 async def test_no_job_is_taken_before_the_worker_is_ready(worker: Worker) -> None:

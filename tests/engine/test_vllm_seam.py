@@ -287,13 +287,14 @@ def test_every_allowed_route_exists_in_vllm_with_its_method(paths: set[tuple[str
 
 def test_one_module_imports_vllm_and_one_the_sdk() -> None:
     importers: dict[str, set[str]] = {"vllm": set(), "runpod": set(), "boto3": set()}
-    for path in (ROOT / "src").rglob("*.py"):
+    package = ROOT / "src" / "coldsnap"
+    for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             for name in names:
-                importers.get(name.partition(".")[0], set()).add(path.name)
+                importers.get(name.partition(".")[0], set()).add(str(path.relative_to(package)))
     assert importers["vllm"] == {"vllm/engine.py"}
     assert importers["runpod"] == {"worker.py"}
     assert len(importers["boto3"]) <= 1

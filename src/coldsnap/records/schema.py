@@ -55,6 +55,7 @@ class ColdStart(Record):
     `fetched_bytes` came over the network at `fetch_gb_per_second` (1e9 bytes); null where vLLM downloads itself.
     `read_gb_per_second` is how fast all of `snapshot_bytes` were read and hashed, `disk_read_bytes` what of it the disk
     had to deliver: the rest was in the page cache. Null where nothing was read again (fetched, or unverified).
+    `start_method` is how the engine's process was started: `spawn` imports vLLM once more.
     `limits` are the engine's, `max_concurrency` is how many jobs the worker takes at once: `coldsnap plan` needs them.
     `cache` is what became of the compile caches' bundle (`cache_bundle` is its fingerprint, `cache_bytes` its size):
     found, missing, `refused` because it is damaged or another's, `late`, `failed` or not asked for; `cache_because`.
@@ -81,6 +82,7 @@ class ColdStart(Record):
     cache_bundle: str | None = None
     cache_bytes: int | None = None
     model: str
+    start_method: Literal["fork", "spawn"] | None = None
     limits: Limits | None = None
     max_concurrency: int | None = None
 

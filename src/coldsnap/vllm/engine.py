@@ -12,11 +12,12 @@ import contextlib
 import gc
 import importlib
 import logging
+import multiprocessing
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
@@ -90,6 +91,43 @@ def load_http() -> None:
     _builders()
 
 
+def configure(
+    *,
+    model: str,
+    fixed: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    environ: Mapping[str, str],
+    warn: Callable[[str], None],
+) -> tuple[arguments.Arguments, Any]:
+    """Return what the settings say to vLLM, and the configuration that it makes of it. Starts nothing, CUDA least.
+
+    Raises as `boot` does.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli = importlib.import_module(_parser_module())
+    parser = cli.make_arg_parser(FlexibleArgumentParser())
+    parser.set_defaults(use_tqdm_on_load=False, **vllm_release.defaults(environ, manifest))
+    parsed = arguments.parse(parser, fixed={"model": model, **fixed}, manifest=manifest, environ=environ)
+    for suspect, near in parsed.suspects.items():
+        warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
+    if vllm_release.is_cpu_build():
+        _register_models(Path(model))
+    try:
+        cli.validate_parsed_serve_args(parsed.namespace)
+        engine_args = AsyncEngineArgs.from_cli_args(parsed.namespace)
+        _leave_cuda_alone(engine_args)
+        # The batch's default size goes by who asks; `vllm serve` asks so.
+        return parsed, engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
+        message = arguments.blame(parsed, translation.first_complaint(error))
+        raise (SettingsError if message.startswith(tuple(parsed.origins.values())) else EngineBootError)(
+            message
+        ) from error
+
+
 def boot(
     *,
     model: str,
@@ -110,31 +148,13 @@ def boot(
     Raises `SettingsError` for a wrong argument and `EngineBootError` for anything else that vLLM refuses.
     """
     import vllm.envs
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from coldsnap.cost.accounts import Accounts  # numpy is imported by now
     from coldsnap.cost.shares import Ledger
     from coldsnap.cost.step_model import StepModel
 
-    cli = importlib.import_module(_parser_module())
-    parser = cli.make_arg_parser(FlexibleArgumentParser())
-    parser.set_defaults(use_tqdm_on_load=False, **vllm_release.defaults(engine_environ, manifest))
-    parsed = arguments.parse(parser, fixed={"model": model, **fixed}, manifest=manifest, environ=engine_environ)
-    for suspect, near in parsed.suspects.items():
-        warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
+    parsed, config = configure(model=model, fixed=fixed, manifest=manifest, environ=engine_environ, warn=warn)
     args = parsed.namespace
-    if vllm_release.is_cpu_build():
-        _register_models(Path(model))
-    try:
-        cli.validate_parsed_serve_args(args)
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
-        message = arguments.blame(parsed, translation.first_complaint(error))
-        raise (SettingsError if message.startswith(tuple(parsed.origins.values())) else EngineBootError)(
-            message
-        ) from error
     mark("configure")
     # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
     # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
@@ -158,14 +178,23 @@ def boot(
             accounts.reader.opened()
     if energy is not None:
         energy.start()
+    start_method = _start_method(warn)
     vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
-    parallel = config.parallel_config
-    info = EngineInfo(
+    info = _info(config, tuple(args.served_model_name or [model]), digest, start_method)
+    return VllmEngine(llm, args, info, accounts)
+
+
+def _info(
+    config: Any, models: tuple[str, ...], digest: str | None, start_method: Literal["fork", "spawn"]
+) -> EngineInfo:
+    from vllm.platforms import current_platform
+
+    return EngineInfo(
         version=vllm_release.version(),
         gpu=current_platform.get_device_name() or current_platform.device_type,
-        gpu_count=1 if current_platform.is_cpu() else parallel.world_size_across_dp,
-        models=tuple(args.served_model_name or [model]),
+        gpu_count=1 if current_platform.is_cpu() else config.parallel_config.world_size_across_dp,
+        models=models,
         max_model_len=config.model_config.max_model_len,
         weights_digest=digest,
         limits=Limits(
@@ -173,8 +202,8 @@ def boot(
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             kv_cache_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size or None,
         ),
+        start_method=start_method,
     )
-    return VllmEngine(llm, args, info, accounts)
 
 
 class VllmEngine:
@@ -378,6 +407,33 @@ def _energy(parallel: Any, warn: Callable[[str], None]) -> EnergyCounters | None
         return None
     devices = [current_platform.device_id_to_physical_device_id(i) for i in range(parallel.world_size)]
     return EnergyCounters(devices, warn)
+
+
+def _leave_cuda_alone(engine_args: Any) -> None:
+    """Say how large an all-reduce is fused at most, as vLLM would: its own look at that begins CUDA in this process.
+
+    After that nothing can be forked. Only several Hopper or Blackwell GPUs fuse any.
+    """
+    from vllm.platforms import current_platform
+
+    passes, gpus = engine_args.compilation_config.pass_config, engine_args.tensor_parallel_size
+    if gpus == 1 or not current_platform.is_cuda() or passes.fi_allreduce_fusion_max_size_mb is not None:
+        return
+    capability = current_platform.get_device_capability()
+    sizes = vllm_release.fused_allreduce_sizes().get(capability.to_int(), {}) if capability else {}
+    passes.fi_allreduce_fusion_max_size_mb = sizes.get(gpus)
+
+
+def _start_method(warn: Callable[[str], None]) -> Literal["fork", "spawn"]:
+    """Return how the engine's process was started: vLLM spawns where CUDA has begun, whatever it was asked for."""
+    import torch
+
+    kinds = {type(child) for child in multiprocessing.active_children()}
+    if multiprocessing.get_context("spawn").Process not in kinds:
+        return "fork"
+    because = "CUDA had begun in this process" if torch.cuda.is_initialized() else "vLLM's log says why"
+    warn(f"the engine's process was spawned, which imports all of vLLM again, and not forked: {because}")
+    return "spawn"
 
 
 def _sizes(config: Any) -> tuple[float, float]:

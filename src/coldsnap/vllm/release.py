@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 from collections.abc import Mapping
@@ -75,6 +76,16 @@ def argument_names() -> frozenset[str]:
     """Return the names of vLLM's engine arguments, out of its source: its parser is not there before the import."""
     source = Path(_package(), "engine", "arg_utils.py").read_text(encoding="utf-8")
     return frozenset(name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source))
+
+
+def fused_allreduce_sizes() -> dict[int, dict[int, float]]:
+    """Return vLLM's largest fused all-reduces: MB, by compute capability (90 is 9.0) and number of GPUs.
+
+    Read out of its source: an import of that module imports FlashInfer, which begins CUDA.
+    """
+    source = Path(_package(), "compilation", "passes", "fusion", "allreduce_rms_fusion.py").read_text(encoding="utf-8")
+    table = re.search(r"^FI_ALLREDUCE_FUSION_MAX_SIZE_MB\b[^=]*= (\{.*?^\})", source, re.MULTILINE | re.DOTALL)
+    return ast.literal_eval(table[1]) if table else {}
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:

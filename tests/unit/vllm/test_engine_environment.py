@@ -68,3 +68,9 @@ def test_on_a_gpu_the_compiler_stays_on(monkeypatch: pytest.MonkeyPatch) -> None
     assert not {"TORCHDYNAMO_DISABLE", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"} & found.keys()
     assert vllm_release.defaults({}, {}) == {}
     assert "VLLM_USE_AOT_COMPILE" not in vllm_release.environment({"ENFORCE_EAGER": "false"}, {})
+
+
+def test_vllms_table_of_fused_allreduces_is_read_without_an_import_of_it() -> None:
+    sizes = vllm_release.fused_allreduce_sizes()
+    assert sizes[90] == {2: 64, 4: 2, 8: 0.5}
+    assert sizes[100].items() >= {2: 64, 4: 32, 8: 1}.items()
