@@ -11,7 +11,7 @@
 #
 # Secrets, which no layer keeps: HF_TOKEN for gated models; pip.conf for a package index of your own; roots for a
 # proxy that re-signs TLS: --secret id=roots,src=/etc/ssl/certs/ca-certificates.crt
-ARG VLLM_VERSION=0.32.0
+ARG VLLM_VERSION=0.33.0
 ARG BASE_IMAGE=vllm/vllm-openai:v${VLLM_VERSION}
 
 # ── what the worker stands on: Python, and on a GPU base vLLM, compiled: its image comes without bytecode ─────────

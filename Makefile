@@ -54,14 +54,17 @@ snapshot: ## train, quantise and write snapshots/demo again
 	@scripts/setup.sh bake
 	@.venv-bake/bin/python builder/demo_model.py
 
-# No index address, host name or path gets into a lock; pins stay as they are unless UPGRADE=1.
+# No index address, host name or path gets into a lock; pins stay as they are unless UPGRADE=1. A package that both
+# builds of vLLM need has one version, which tools.lock and dev.lock go beside: cpu.lock prefers gpu.lock's.
 compile := UV_CUSTOM_COMPILE_COMMAND="make lock" scripts/uv.sh pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
 override := --overrides requirements/overrides
 lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
 	@$(compile) requirements/installer.in -o requirements/installer.lock
-	@$(compile) $(override).txt $(override)-cpu.txt requirements/cpu.in -o requirements/cpu.lock
 	@$(compile) $(override).txt requirements/gpu.in -o requirements/gpu.lock
+	@cat requirements/gpu.lock requirements/cpu.lock >requirements/cpu.preferred
+	@$(compile) $(override).txt $(override)-cpu.txt requirements/cpu.in -o requirements/cpu.preferred
+	@mv requirements/cpu.preferred requirements/cpu.lock
 	@$(compile) $(override).txt -c requirements/gpu.lock requirements/base.in -o requirements/base.lock
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/tools.in -o requirements/tools.lock
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock -c requirements/tools.lock requirements/dev.in -o requirements/dev.lock

@@ -44,7 +44,7 @@ target "_image" {
   target     = "runtime"
   platforms  = ["linux/amd64"]
   args = {
-    VLLM_VERSION     = "0.32.0"
+    VLLM_VERSION     = "0.33.0"
     COLDSNAP_VERSION = "0.1.0"
     COMMIT           = COMMIT
     SNAPSHOT_DIGEST  = SNAPSHOT_DIGEST
@@ -61,6 +61,7 @@ target "demo" {
   tags     = ["${IMAGE}:demo-${TAG}"]
   args = {
     BASE_IMAGE      = "debian:bookworm-slim"
+    VLLM_VERSION    = "0.32.0"
     SNAPSHOT_DIGEST = "784f95acf909bd571166fa90f4367c1f13ecdd49d748c77e79cfc9c224d41863"
   }
 }

