@@ -39,7 +39,7 @@ COPY scripts scripts
 RUN --mount=type=cache,target=/root/.cache/uv \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=roots,target=/etc/ssl/certs/ca-certificates.crt \
-    UV_LINK_MODE=copy scripts/image_env.sh
+    UV_CACHE_DIR=/root/.cache/uv UV_LINK_MODE=copy scripts/image_env.sh
 
 # ── the snapshot, from snapshots/ or baked here ───────────────────────────────────────────────────────────────────
 FROM environment AS snapshot
@@ -47,7 +47,7 @@ ARG MODEL=
 RUN --mount=type=cache,target=/root/.cache/uv \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=roots,target=/etc/ssl/certs/ca-certificates.crt \
-    if [ -n "$MODEL" ]; then UV_LINK_MODE=copy scripts/setup.sh bake; fi
+    if [ -n "$MODEL" ]; then UV_CACHE_DIR=/root/.cache/uv UV_LINK_MODE=copy scripts/setup.sh bake; fi
 COPY src src
 COPY builder builder
 COPY pyproject.toml ./

@@ -36,6 +36,23 @@ PIP_SETTINGS = ("index-url", "extra-index-url", "find-links", "cert")
 ROOTS = Path("/etc/ssl/certs/ca-certificates.crt")
 ON_DISK = "/var/tmp"  # noqa: S108 -- the folder in it is made by tempfile, and /tmp may be memory
 IMAGE = "localhost/coldsnap:check"
+VLLMS_IMAGE = {
+    "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64:/usr/local/cuda/lib64:/usr/local/nvidia/lib:/usr/local/nvidia/lib64",
+    "DEBIAN_FRONTEND": "noninteractive",
+    "UV_HTTP_TIMEOUT": "500",
+    "UV_INDEX_STRATEGY": "unsafe-best-match",
+    "UV_LINK_MODE": "copy",
+    "UV_OVERRIDE": "/etc/uv-overrides.txt",
+    "UV_CACHE_DIR": "/opt/uv/cache",
+    "UV_PYTHON_INSTALL_DIR": "/opt/uv/python",
+    "VLLM_ENABLE_CUDA_COMPATIBILITY": "0",
+    "TORCH_CUDA_ARCH_LIST": "8.0 8.7 8.9 9.0 10.0 11.0 12.0",
+    "VLLM_USAGE_SOURCE": "production-docker-image",
+    "VLLM_BUILD_COMMIT": "98dff2a81d747d1dba01a47f939f48c3526d4206",
+}
+"""What vllm/vllm-openai:v0.29.0 sets, as a container of it has printed it: the base here is one like it."""
+OVERRIDES = "nvidia-nccl-cu13==2.30.7\n"
+"""What lies in its UV_OVERRIDE: a version without a hash, which no lock with hashes can be installed beside."""
 
 
 class Failed(Exception):
@@ -97,10 +114,12 @@ def prepare(place: Path) -> None:
 
 
 def make_base(buildah: Buildah, work: Path) -> str:
-    """Make the smallest Debian there is into an image; return its name."""
+    """Make the smallest Debian there is into an image, with the environment of vLLM's own; return its name."""
     run(["debootstrap", "--variant=minbase", SUITE, str(work / "base")])
+    Path(work, "base", VLLMS_IMAGE["UV_OVERRIDE"][1:]).write_text(OVERRIDES)
     container = buildah("from", "scratch")
     buildah("add", "-q", container, str(work / "base"), "/")
+    buildah("config", *(word for pair in VLLMS_IMAGE.items() for word in ("--env", "=".join(pair))), container)
     buildah("commit", "-q", "--rm", container, "localhost/base")
     shutil.rmtree(work / "base")
     return "localhost/base"

@@ -6,6 +6,16 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 tools=$root/.tools/uv
 
+# What is installed is the locks' to say. An image's base may say where packages come from and how they are fetched, no
+# more: vLLM's sets UV_OVERRIDE to a file without hashes, and nothing could be installed by a lock.
+for setting in "${!UV_@}" "${!PIP_@}"; do
+    case ${setting#*_} in
+        *INDEX* | FIND_LINKS | CERT | *_CERTS | *TLS | *PROXY | *HOST | KEYRING_PROVIDER | CONFIG_FILE) ;; # where from
+        CACHE_DIR | LINK_MODE | OFFLINE | *TIMEOUT | *RETRIES | CONCURRENT_* | CUSTOM_COMPILE_COMMAND) ;;  # and how
+        *) unset "$setting" ;;
+    esac
+done
+
 die() { echo "coldsnap: $*" >&2; exit 1; }
 
 # 0.8 is the oldest one that our options were tried with.

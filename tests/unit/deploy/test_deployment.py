@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import hcl2
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
-from scripts import env_example, missing
+from scripts import env_example, image_check, missing
 
 from coldsnap.settings import ROOT, Settings
 from coldsnap.snapshot.manifest import load_manifest
@@ -317,6 +320,41 @@ class TestImageEnvironment:
         (line,) = ended.stderr.splitlines()
         assert line.startswith("coldsnap: the base image brings vLLM 0.1.0+cu130 and the locks are for ")
         assert "vllm/vllm-openai:v" in line
+
+    def test_the_base_has_no_say_in_what_is_installed(self, tmp_path: Path) -> None:
+        self.base(tmp_path, pinned("vllm"))
+        wheel = tmp_path / "wheels" / "lacking-1.0-py3-none-any.whl"
+        wheel.parent.mkdir()
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("lacking.py", "")
+            archive.writestr("lacking-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: lacking\nVersion: 1.0\n")
+            archive.writestr(
+                "lacking-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            archive.writestr("lacking-1.0.dist-info/RECORD", "")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        (tmp_path / "requirements" / "base.lock").write_text(f"lacking==1.0 --hash=sha256:{digest}\n")
+        overrides = tmp_path / "uv-overrides.txt"
+        overrides.write_text(image_check.OVERRIDES)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "base"], check=True)
+        packages = next((tmp_path / "base").glob("lib/python3*/site-packages"))
+        (packages / f"vllm-{pinned('vllm')}.dist-info").mkdir()
+        (packages / f"vllm-{pinned('vllm')}.dist-info" / "METADATA").write_text(
+            f"Name: vllm\nVersion: {pinned('vllm')}\n"
+        )
+        environ = {
+            **image_check.VLLMS_IMAGE,
+            "PATH": f"{tmp_path}/base/bin:{ROOT}/.tools/uv/bin:{os.environ['PATH']}",
+            "UV_OVERRIDE": str(overrides),
+            "UV_CACHE_DIR": str(tmp_path / "cache"),
+            "UV_FIND_LINKS": str(wheel.parent),
+            "UV_NO_INDEX": "1",
+        }
+        ended = subprocess.run(
+            [tmp_path / "scripts" / "image_env.sh"], env=environ, check=False, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert list((tmp_path / ".venv").glob("lib/python3*/site-packages/lacking.py"))
 
 
 class TestImageSnapshot:
