@@ -14,11 +14,8 @@ from coldsnap.engine import EngineInfo, Meter
 
 _DONE = "data: [DONE]"
 _UNFINISHED = '"finish_reason":null'
-_COMPLETED = "event: response.completed\ndata: {"
-_RESPONSE = '"response":{'
-"""The event's own is the first: in a text the quotes would be escaped, and other objects lie inside it."""
-_MESSAGE = "event: message_delta\ndata: {"
-_USAGE = '"usage":{'
+_COMPLETED = "event: response.completed\n"
+_MESSAGE = "event: message_delta\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ def in_answer(answer: Any, bill: Callable[[], Bill]) -> Any:
 
 
 async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> AsyncIterator[str]:
-    """Add the bill where a stream says its usage; its other bytes stay as they are.
+    """Add the bill where a stream says its usage; all its other events stay byte for byte.
 
     That is the last chunk before `[DONE]` of a chat or completion, the response in `response.completed`, and the
     `message_delta` of a message. `stream` gives whole events. An OpenAI chunk that could be the last is held
@@ -85,34 +82,29 @@ async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> Asy
         *events, last = text.split("\n\n")[:-1]
         if last == _DONE:
             if events:
-                events[-1] = _with_cost(events[-1], bill())
+                events[-1] = _with_cost(events[-1], bill, final=True)
             events.append(last)
         elif last.startswith("data: {") and _UNFINISHED not in last:
             held = last + "\n\n"
         else:
             events.append(last)
         if events:
-            yield "\n\n".join(_with_named_cost(event, bill) for event in events) + "\n\n"
+            yield "\n\n".join(_with_cost(event, bill) for event in events) + "\n\n"
     if held:
         yield held
 
 
-def _with_named_cost(event: str, bill: Callable[[], Bill]) -> str:
-    """Put the cost into an event that has a name and, in that protocol, the usage."""
-    if event.startswith(_COMPLETED):
-        before, response, after = event.partition(_RESPONSE)
-        return f'{before}{response}"cost":{_json(bill())},{after}' if response and after[0] != "}" else event
-    if event.startswith(_MESSAGE) and _USAGE in event and event.endswith("}"):
-        return f'{event[:-1]},"cost":{_json(bill())}}}'
-    return event
-
-
-def _with_cost(event: str, bill: Bill) -> str:
-    """Put the cost behind the last field, unless the event is an error."""
-    if not event.startswith("data: {") or event.startswith('data: {"error"') or not event.endswith("}"):
+def _with_cost(event: str, bill: Callable[[], Bill], *, final: bool = False) -> str:
+    """Add the cost to an event that says its usage: by its name, or because it is the `final` one of its stream."""
+    name, _, data = event.partition("data: ")
+    if not final and name not in {_COMPLETED, _MESSAGE}:
         return event
-    return f'{event[:-1]},"cost":{_json(bill)}}}'
-
-
-def _json(bill: Bill) -> str:
-    return orjson.dumps(bill.fields()).decode()
+    try:
+        body = orjson.loads(data)
+    except orjson.JSONDecodeError:  # a comment, or the beginning of an event
+        return event
+    said = body.get("response") if name == _COMPLETED else body
+    if not isinstance(said, dict) or ("error" in said if final else "usage" not in said):
+        return event
+    said["cost"] = bill().fields()
+    return f"{name}data: {orjson.dumps(body).decode()}"

@@ -106,6 +106,8 @@ async def test_a_chunk_that_cannot_be_the_last_is_not_held_back() -> None:
         ('event: response.created\ndata: {"response":{"usage":null}}\n\n',),
         ("event: message_delta\ndata: {}\n\n", "event: message_stop\ndata: {}\n\n"),
         (": a comment\n\n", DONE),
+        ("data: [1]\n\n", DONE),
+        ('event: message_delta\ndata: {"usage": {"output_tokens": 3}\n\n',),
         (DONE,),
         (chunk("a"), chunk("b", "stop")),
         ("data: {}",),
@@ -133,6 +135,15 @@ async def test_a_response_says_its_cost_beside_its_usage(order: int) -> None:
     got = json.loads(event.partition("data: ")[2])
     assert got["response"].pop("cost") == BILL.fields()
     assert got == completed
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+async def test_the_cost_does_not_hang_on_how_vllm_writes_json(separators: tuple[str, str]) -> None:
+    given = [
+        f"event: {body['type']}\ndata: {json.dumps(body, separators=separators)}\n\n" for body in (COMPLETED, MESSAGE)
+    ]
+    completed, message = (json.loads(event.partition("data: ")[2]) for event in events(await run(*given)))
+    assert completed["response"]["cost"] == message["cost"] == BILL.fields()
 
 
 async def test_a_message_says_its_cost_beside_its_usage() -> None:
