@@ -106,6 +106,15 @@ async def test_a_progress_update_is_the_output_of_a_running_job(serve: Serve) ->
     assert "half" in seen
 
 
+async def test_a_job_that_its_client_has_left_is_found_and_cancelled(serve: Serve) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(serve.post("runsync", {"input": {"seconds": 60}}), 0.5)
+    (left,) = (await serve.get("requests"))["requests"]
+    assert left["status"] in {"IN_QUEUE", "IN_PROGRESS"}
+    assert (await serve.post(f"cancel/{left['id']}"))["status"] == "CANCELLED"
+    assert await serve.get("requests") == {"requests": []}
+
+
 async def test_a_cancelled_job_stays_cancelled_and_an_ended_one_as_it_is(serve: Serve) -> None:
     job_id = await serve.run({"seconds": 60})
     assert await serve.post(f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
@@ -140,6 +149,9 @@ REFUSED: dict[str, tuple[str, str, bytes | None, int, str]] = {
     "policy's timeout": ("POST", "run", b'{"input": 1, "policy": {"executionTimeout": true}}', 400, "executionTimeout"),
     "priority": ("POST", "run", b'{"input": 1, "policy": {"lowPriority": 1}}', 400, "policy.lowPriority"),
     "webhook": ("POST", "run", b'{"input": 1, "webhook": "ftp://a"}', 400, "webhook"),
+    "webhook with a line's end": ("POST", "run", b'{"input": 1, "webhook": "http://a/\\r\\nX: 1"}', 400, "webhook"),
+    "a number beyond all": ("POST", "run", b'{"input": 1e999}', 400, "1e999 is larger than any number"),
+    "wait of 5,000 digits": ("POST", "runsync?wait=" + "9" * 5000, b'{"input": 1}', 400, "wait: '999"),
     "wait": ("POST", "runsync?wait=1", b'{"input": 1}', 400, "wait: '1'; milliseconds from 1000 to 300000"),
     "too long": ("POST", "run", LONG, 413, "10000000 bytes at most, found 10000013"),
     "unknown job": ("GET", "status/nope", None, 404, "there is no job 'nope'"),
@@ -176,8 +188,10 @@ async def test_without_the_key_there_is_nothing(serve: Serve, path: str, header:
         async with stranger.get(f"{serve.url}/{path}", headers=headers) as response:
             assert response.status == 401
             assert "Authorization: Bearer" in await response.text()
-        async with stranger.get(f"{serve.url}/health", headers={"Authorization": KEY}) as response:
-            assert response.status == 200  # the platform's own examples send the bare key
+        # The platform's own examples send the bare key, and Anthropic's clients know no other header than theirs.
+        for own in ({"Authorization": KEY}, {"x-api-key": KEY}):
+            async with stranger.get(f"{serve.url}/health", headers=own) as response:
+                assert response.status == 200
 
 
 async def test_too_many_requests_are_told_when_to_come_back(serve: Serve) -> None:
@@ -595,10 +609,18 @@ async def test_logs_that_cannot_be_written_are_a_boot_that_failed(tmp_path: Path
 
 
 @contextlib.asynccontextmanager
-async def keeping(path: Path, scaling: Scaling = Scaling()) -> AsyncIterator[Endpoint]:  # noqa: B008
+async def keeping(
+    path: Path,
+    scaling: Scaling = Scaling(),  # noqa: B008
+    *,
+    private_webhooks: bool = False,
+) -> AsyncIterator[Endpoint]:
     said: list[str] = []
     with Store(path, said.append) as store:
-        async with ControlPlane(journal=store) as plane, Endpoint(plane, store, scaling, said.append) as endpoint:
+        async with (
+            ControlPlane(journal=store) as plane,
+            Endpoint(plane, store, scaling, said.append, private_webhooks=private_webhooks) as endpoint,
+        ):
             yield endpoint
     assert said == []
 
@@ -628,7 +650,7 @@ async def test_a_webhook_hears_what_status_says_and_is_called_again_after_an_err
     runner = web.ServerRunner(web.Server(hear))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    async with keeping(tmp_path / "db") as endpoint:
+    async with keeping(tmp_path / "db", private_webhooks=True) as endpoint:
         address = f"http://127.0.0.1:{runner.addresses[0][1]}/"
         job = endpoint.plane.submit(1, terms=Terms(webhook=address, durable=True))
         endpoint.plane.cancel(job.id)
@@ -637,6 +659,41 @@ async def test_a_webhook_hears_what_status_says_and_is_called_again_after_an_err
     async with keeping(tmp_path / "db"):
         await asyncio.sleep(0.6)  # a restart does not call again
     assert len(heard) == 2
+    await runner.cleanup()
+
+
+async def test_a_webhook_leads_to_no_private_address_and_follows_no_redirect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coldsnap.desk.serve.endpoint._WEBHOOK_SECONDS", 0.01)
+    heard: list[str] = []
+
+    async def hear(request: web.BaseRequest) -> web.Response:
+        heard.append(request.path)
+        return web.Response(status=307, headers={"Location": "/secret"})
+
+    runner = web.ServerRunner(web.Server(hear))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    said: list[str] = []
+
+    async def call(host: str, *, private: bool = False) -> str:
+        said.clear()
+        with Store(tmp_path / "db", said.append) as store:
+            async with (
+                ControlPlane(journal=store) as plane,
+                Endpoint(plane, store, Scaling(), said.append, private_webhooks=private),
+            ):
+                plane.cancel(plane.submit(1, terms=Terms(webhook=f"http://{host}:{port}/hook")).id)
+                await until(lambda: bool(said))
+        return said[0]
+
+    for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "127.1", "169.254.169.254"):
+        assert "not public" in await call(host), host
+    assert heard == []
+    assert "HTTP 307" in await call("127.0.0.1", private=True)
+    assert heard == ["/hook"] * 3
     await runner.cleanup()
 
 

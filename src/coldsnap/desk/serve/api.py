@@ -71,6 +71,7 @@ class Api:
             self._route("cancel", self._cancel, "POST", path="/{job}"),
             self._route("retry", self._retry, "POST", path="/{job}"),
             self._route("purge-queue", self._purge, "POST"),
+            self._route("requests", self._requests, "GET"),
             self._route("health", self._health, "GET"),
             self._route("openai", self._openai, "GET", "POST", path="/v1/{route:path}"),
         ]
@@ -90,8 +91,8 @@ class Api:
         return Route(f"/v2/{{endpoint}}/{name}{path}", _Counted(answer), methods=list(methods))
 
     def authorize(self, request: Request) -> None:
-        """Refuse a request without the key."""
-        header = request.headers.get("Authorization", "")
+        """Refuse a request without the key, which Anthropic's clients send as `x-api-key`."""
+        header = request.headers.get("Authorization", "") or request.headers.get("x-api-key", "")
         scheme, _, token = header.partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else header  # the platform takes a bare key too
         if not hmac.compare_digest(key.encode(), self._key):
@@ -154,6 +155,10 @@ class Api:
     async def _purge(self, _: Request) -> Response:
         return _json({"removed": self._plane.purge(), "status": "completed"})
 
+    async def _requests(self, _: Request) -> Response:
+        """List what waits and runs, also what its client has left, for `cancel`. The platform shows it on a page."""
+        return _json({"requests": [status(job) for job in self._plane.jobs.values() if not job.done]})
+
     async def _health(self, _: Request) -> Response:
         counts = self._plane.counts
         jobs = {
@@ -168,7 +173,8 @@ class Api:
         return _json(answer if trouble is None else {**answer, "error": trouble})
 
     async def _openai(self, request: Request) -> Response:
-        body = parse(await _body(request, RUNSYNC.limit)) if request.method == "POST" else {}
+        content = await _body(request, RUNSYNC.limit) if request.method == "POST" else b""
+        body = parse(content) if content else {}  # an operation such as `cancel` needs none
         return await self._gateway.answer(request, body)
 
     def _submit_openai(self, given: Any) -> Job:

@@ -67,6 +67,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--handler", type=Path, default=ROOT / "handler.py", help="what a worker runs (default: the clone's)"
     )
     parser.add_argument(
+        "--private-webhooks",
+        action="store_true",
+        help="call webhooks on this machine and its network too (default: public addresses only)",
+    )
+    parser.add_argument(
         "--state",
         type=Path,
         default=ROOT / ".coldsnap" / "serve.db",
@@ -113,7 +118,9 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         key = options.key or store.kept("key", lambda: f"rpa_{secrets.token_urlsafe(24)}")
         plane = ControlPlane(poll_seconds=_POLL_SECONDS, endpoint_id=options.endpoint, journal=store)
         await stack.enter_async_context(plane)
-        endpoint = await stack.enter_async_context(Endpoint(plane, store, scaling, _say))
+        endpoint = await stack.enter_async_context(
+            Endpoint(plane, store, scaling, _say, private_webhooks=options.private_webhooks)
+        )
         logs = options.state.parent / "workers"
         pushes = await stack.enter_async_context(Pushes(lambda worker_id: worker_id in fleet.workers, _say))
         fleet = Fleet(endpoint, options.handler.absolute(), pushes.environment(os.environ), logs, _say)

@@ -22,6 +22,7 @@ from coldsnap.desk.serve.job import Job, JobState
 from coldsnap.desk.serve.scaler import Load, Scaling
 from coldsnap.desk.serve.store import Store
 from coldsnap.desk.serve.submission import Submission
+from coldsnap.desk.serve.webhook import PublicOnly, refuse_private
 from coldsnap.errors import Refused
 
 _SWEEP_SECONDS = 0.25
@@ -37,7 +38,15 @@ _STOPS = "this endpoint is about to stop"
 class Endpoint:
     """Takes submissions, and keeps the time of every job while the context is open."""
 
-    def __init__(self, plane: ControlPlane, store: Store, scaling: Scaling, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plane: ControlPlane,
+        store: Store,
+        scaling: Scaling,
+        say: Callable[[str], None],
+        *,
+        private_webhooks: bool = False,
+    ) -> None:
         self.plane = plane
         self.scaling = scaling
         self.stopping = False
@@ -45,13 +54,16 @@ class Endpoint:
         self.boots = Boots()
         self._store = store
         self._say = say
+        self._private_webhooks = private_webhooks
         self._called: set[str] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self.plane.adopt(self._store.jobs(), self._store.counts())
         self._called = {job.id for job in self.plane.jobs.values() if job.done}
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30))
+        resolver = None if self._private_webhooks else PublicOnly()
+        connector = aiohttp.TCPConnector(resolver=resolver)
+        self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30))
         self._keeper = asyncio.create_task(self._keep())
         return self
 
@@ -169,14 +181,16 @@ class Endpoint:
         for again in range(_WEBHOOK_TRIES):
             await asyncio.sleep(_WEBHOOK_SECONDS if again else 0)
             try:
+                if not self._private_webhooks:
+                    refuse_private(address)
                 async with self._http.post(
-                    address, data=body, headers={"Content-Type": "application/json"}
+                    address, data=body, headers={"Content-Type": "application/json"}, allow_redirects=False
                 ) as response:
-                    if response.ok:
+                    if response.ok and response.status < 300:  # a redirect may lead anywhere
                         return
                     complaint = f"HTTP {response.status}"
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                complaint = f"{type(error).__name__}: {error}"
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                complaint = f"{type(error).__name__}: {getattr(error, 'os_error', error)}"
         self._say(f"{job_id}: webhook {address} was called {_WEBHOOK_TRIES} times: {complaint}")
 
 

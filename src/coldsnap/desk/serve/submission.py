@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -14,6 +16,8 @@ from coldsnap.errors import Refused
 _WEEK = 7 * 86_400_000
 _POLICY = {"executionTimeout": (5_001, _WEEK), "ttl": (10_000, _WEEK)}
 """Field of the policy -> least and most milliseconds."""
+_DIGITS = 12
+_WEBHOOK = re.compile(r"https?://[!-~]{1,2000}")
 _TO_WORKER = ("s3Config",)
 """Fields beside `input` that a worker is given."""
 
@@ -42,8 +46,8 @@ class Submission:
         if not isinstance(low, bool):
             raise Refused(400, "policy.lowPriority: true or false is expected")
         webhook = fields.get("webhook")
-        if webhook is not None and not (isinstance(webhook, str) and webhook.startswith(("http://", "https://"))):
-            raise Refused(400, "webhook: an address that begins with http:// or https:// is expected")
+        if webhook is not None and not (isinstance(webhook, str) and _WEBHOOK.fullmatch(webhook)):
+            raise Refused(400, "webhook: an address that begins with http:// or https:// is expected, without spaces")
         terms = replace(
             terms,
             execution_timeout=times["executionTimeout"] or terms.execution_timeout,
@@ -64,7 +68,7 @@ def parse(body: bytes) -> Any:
     Not by orjson, which refuses lone surrogates and large integers: a worker must meet what a client can send.
     """
     try:
-        return json.loads(body, parse_constant=_no_json)
+        return json.loads(body, parse_constant=_no_json, parse_float=_finite)
     except RecursionError:
         raise Refused(400, "the body is not JSON that can be read: too deeply nested") from None
     except ValueError as error:
@@ -73,7 +77,7 @@ def parse(body: bytes) -> Any:
 
 def milliseconds(value: str, name: str, least: int, most: int) -> float:
     """Return the seconds of a query parameter that gives milliseconds."""
-    if not (value.isascii() and value.isdigit() and least <= int(value) <= most):
+    if not (value.isascii() and value.isdigit() and len(value) < _DIGITS and least <= int(value) <= most):
         raise Refused(400, f"{name}: {value!r:.50}; milliseconds from {least} to {most} are expected")
     return int(value) / 1000
 
@@ -95,6 +99,12 @@ def _milliseconds(policy: dict[str, Any], name: str) -> float | None:
 
 def _no_json(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits:.50} is larger than any number that JSON can carry on")
+    return number
 
 
 def _kind(value: Any) -> str:
