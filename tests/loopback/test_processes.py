@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -23,7 +25,7 @@ memory = shared_memory.SharedMemory(create=True, size=64)
 bound = socket.socket(socket.AF_UNIX)
 bound.bind(sys.argv[1])
 print(memory.name, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -35,12 +37,12 @@ os.mkfifo(sys.argv[1])
 fifo = os.open(sys.argv[1], os.O_RDWR)
 bound = socket.socket(socket.AF_UNIX)
 bound.bind(sys.argv[2])
-multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()
+multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
 print("booting", flush=True)
 try:
-    time.sleep(60)
+    time.sleep(600)
 except BaseException:  # as vLLM does
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -63,9 +65,13 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
 
 
-def has_ended(pid: int) -> bool:
+def ends(pid: int) -> bool:
+    """Wait until a process that was killed has ended: where it gets no processor that takes a while."""
     stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    with contextlib.suppress(OSError):
+        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+    return True
 
 
 def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
@@ -106,7 +112,7 @@ def test_a_signal_during_a_boot_ends_it_at_once_and_leaves_nothing(tmp_path: Pat
         assert boot.communicate() == ("", "")
     assert boot.returncode == 128 + signum
     assert list(tmp_path.iterdir()) == [stdin]
-    assert has_ended(child)
+    assert ends(child)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -161,7 +167,7 @@ def test_a_process_that_leaves_has_written_all_and_gives_its_code() -> None:
 def test_a_process_that_leaves_takes_its_own_with_it() -> None:
     code = (
         "import multiprocessing, time; from coldsnap.processes import leave;"
-        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,));"
+        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,));"
         "child.start(); print(child.pid); leave(0)"
     )
-    assert has_ended(int(run(code).stdout))
+    assert ends(int(run(code).stdout))

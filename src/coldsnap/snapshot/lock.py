@@ -29,8 +29,16 @@ class Lock:
     `path` names the lock, in a folder that exists.
     """
 
-    def __init__(self, path: Path, *, beat_seconds: float = BEAT_SECONDS, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        beat_seconds: float = BEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._path = path
+        self._clock = clock
         self._beat_seconds = beat_seconds
         self._stale_seconds = stale_seconds
         self._mine = f"{os.uname().nodename} {os.getpid()} {os.urandom(8).hex()}"
@@ -44,15 +52,15 @@ class Lock:
         `waiting` is told once who holds it. `OSError` if the folder takes no file.
         """
         last_state: tuple[int, str] | None = None
-        since = time.monotonic()
+        since = self._clock()
         while not done():
             number = self._highest()
             state = (number, self._read(number))
             if state != last_state:
                 if last_state is None and number:
                     waiting(state[1].rpartition(" ")[0])
-                last_state, since = state, time.monotonic()
-            if number == 0 or time.monotonic() - since > self._stale_seconds:
+                last_state, since = state, self._clock()
+            if number == 0 or self._clock() - since > self._stale_seconds:
                 if self._create(number + 1):
                     return True
                 continue

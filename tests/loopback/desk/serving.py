@@ -124,7 +124,7 @@ class Serve:
                 await asyncio.sleep(0.05)
 
 
-async def until(condition: Callable[[], bool], within: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], within: float = 60.0) -> None:
     """Return when the condition holds."""
     deadline = time.monotonic() + within
     while not condition():

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EMOJI = ["naïve ", "日本語 ", "👩‍🚀", "🇫🇷 \u0000 end"]
 HANDLER = r"""
-import asyncio, json, sys
+import asyncio, json, os, sys
 import runpod
 
 def sse(text):
@@ -89,12 +89,14 @@ async def native_job(job, do, **rest):
             yield "slept"
         case "progress":
             runpod.serverless.progress_update(job, "half")
-            await asyncio.sleep(0.5)
+            while not os.path.exists(rest["until"]):
+                await asyncio.sleep(0.05)
             yield "whole"
         case "wait":
             try:
                 yield "started"
-                await asyncio.sleep(60)
+                print("handler waits", job["id"], flush=True)
+                await asyncio.sleep(600)
             except asyncio.CancelledError:
                 print("handler cancelled", job["id"], flush=True)
                 raise
@@ -145,7 +147,7 @@ def worker(plane: ControlPlane, handler: Path, *args: str, **extra: str) -> Iter
 async def served(handler: Path) -> AsyncIterator[ControlPlane]:
     async with ControlPlane() as plane:
         with worker(plane, handler):
-            await plane.wait_for_worker(30)
+            await plane.wait_for_worker(60)
             yield plane
 
 
@@ -166,7 +168,7 @@ async def client(plane: ControlPlane) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -195,16 +197,16 @@ async def test_chunks_arrive_in_order_while_the_job_runs(plane: ControlPlane) ->
 
 
 async def test_text_arrives_as_the_handler_yielded_it(plane: ControlPlane) -> None:
-    assert await plane.submit({"do": "echo", "chunks": EMOJI}).result(10) == EMOJI
+    assert await plane.submit({"do": "echo", "chunks": EMOJI}).result(60) == EMOJI
 
 
 async def test_input_that_json_carries_and_orjson_refuses_reaches_the_handler(plane: ControlPlane) -> None:
     job = plane.submit({"do": "ords", "text": "\ud800a", "unused": 2**70})
-    assert await job.result(10) == [[0xD800, 0x61]]
+    assert await job.result(60) == [[0xD800, 0x61]]
 
 
 async def test_a_job_without_input_reaches_the_handler(plane: ControlPlane) -> None:
-    assert await plane.submit(NO_INPUT).result(10) == ["no input"]
+    assert await plane.submit(NO_INPUT).result(60) == ["no input"]
 
 
 async def test_an_exception_in_the_handler_fails_the_job_after_its_chunks(plane: ControlPlane) -> None:
@@ -220,24 +222,28 @@ async def test_an_exception_in_the_handler_fails_the_job_after_its_chunks(plane:
 
 
 async def test_cancel_reaches_the_handler_and_only_that_job(plane: ControlPlane, handler: Path) -> None:
+    def said() -> str:
+        return handler.with_suffix(".log").read_text()
+
     job, other = plane.submit({"do": "wait"}), plane.submit({"do": "sleep", "seconds": 1})
     seen = []
     with pytest.raises(JobCancelled):
         async for chunk in job.stream():
             seen.append(chunk)
-            await asyncio.sleep(0.2)  # a cancel that lands in the SDK's POST never reaches the handler
+            # A cancel that lands in the SDK's POST never reaches the handler.
+            await eventually(lambda: f"handler waits {job.id}" in said())
             assert plane.cancel(job.id)
     assert seen == ["started"]
     assert job.state is JobState.CANCELLED
-    await eventually(lambda: f"handler cancelled {job.id}" in handler.with_suffix(".log").read_text())
-    assert await other.result(10) == ["slept"]
+    await eventually(lambda: f"handler cancelled {job.id}" in said())
+    assert await other.result(60) == ["slept"]
     assert not plane.cancel(job.id)
     assert not plane.cancel(other.id)
 
 
 async def test_jobs_are_taken_in_a_batch_and_run_side_by_side(plane: ControlPlane) -> None:
     jobs = [plane.submit({"do": "sleep", "seconds": 1}) for _ in range(12)]
-    await asyncio.gather(*(job.result(10) for job in jobs))
+    await asyncio.gather(*(job.result(60) for job in jobs))
     taken = [job.timestamps.taken or 0 for job in jobs]
     assert max(taken) - min(taken) < 0.5
     assert max(taken) < min(job.timestamps.done or 0 for job in jobs)
@@ -245,19 +251,21 @@ async def test_jobs_are_taken_in_a_batch_and_run_side_by_side(plane: ControlPlan
 
 async def test_a_chunk_over_the_limit_is_recorded_and_lost(plane: ControlPlane) -> None:
     job = plane.submit({"do": "big", "bytes": 1_000_001})
-    assert await job.result(10) == ["before", "after"]
+    assert await job.result(60) == ["before", "after"]
     violation = plane.violations.pop()
     assert (violation.kind, violation.job_id) == ("chunk too large", job.id)
-    assert await plane.submit({"do": "big", "bytes": 900_000}).result(10) == [
+    assert await plane.submit({"do": "big", "bytes": 900_000}).result(60) == [
         "before",
         "x" * 900_000,
         "after",
     ]
 
 
-async def test_a_progress_update_does_not_end_the_job(plane: ControlPlane) -> None:
-    job = plane.submit({"do": "progress"})
-    assert await job.result(10) == ["whole"]
+async def test_a_progress_update_does_not_end_the_job(plane: ControlPlane, tmp_path: Path) -> None:
+    job = plane.submit({"do": "progress", "until": str(tmp_path / "end")})
+    await eventually(lambda: job.progress == ["half"])
+    (tmp_path / "end").touch()
+    assert await job.result(60) == ["whole"]
     assert job.progress == ["half"]
 
 
@@ -275,7 +283,7 @@ async def test_an_aggregate_is_the_result_where_the_worker_returns_one(handler: 
     async with ControlPlane() as plane:
         with worker(plane, handler, "aggregate"):
             job = plane.submit({"do": "count", "n": 3})
-            assert await job.result(30) == job.output == [{"i": 0}, {"i": 1}, {"i": 2}]
+            assert await job.result(60) == job.output == [{"i": 0}, {"i": 1}, {"i": 2}]
         assert plane.violations == []
 
 
@@ -283,7 +291,7 @@ async def test_a_plain_handler_and_flashboot_and_an_end_by_sigterm(handler: Path
     async with ControlPlane(flashboot=True, poll_seconds=60) as plane:
         with worker(plane, handler, "coroutine") as process:
             job = plane.submit({"a": 1}, sync=True)
-            assert await job.result(30) == job.output == {"got": {"a": 1}}
+            assert await job.result(60) == job.output == {"got": {"a": 1}}
             assert job.chunks == []
             process.send_signal(signal.SIGTERM)
             await asyncio.sleep(0.2)
@@ -298,10 +306,10 @@ async def test_refused_posts_are_retried_and_slow_ones_waited_for(handler: Path)
     faults = Faults(delay=0.02, jitter=0.02, stream_5xx=0.15, done_5xx=0.15, seed=3)
     async with ControlPlane(faults=faults) as plane:
         with worker(plane, handler):
-            await plane.wait_for_worker(30)
+            await plane.wait_for_worker(60)
             jobs = [plane.submit({"do": "count", "n": 4}) for _ in range(8)]
             for job in jobs:
-                assert await job.result(30) == [{"i": i} for i in range(4)]
+                assert await job.result(60) == [{"i": i} for i in range(4)]
         assert sum(job.posts for job in jobs) > 8 * 5
         assert plane.violations == []
 
@@ -310,7 +318,7 @@ async def test_a_worker_that_fails_a_fitness_check_is_reported_at_once(handler: 
     unfit = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false", "RUNPOD_MIN_MEMORY_GB": "1e9"}
     async with ControlPlane() as plane:
         with worker(plane, handler, **unfit), pytest.raises(WorkerUnhealthy, match="Insufficient memory"):
-            await plane.wait_for_worker(30)
+            await plane.wait_for_worker(60)
 
 
 # The protocol alone.

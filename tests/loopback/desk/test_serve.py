@@ -49,12 +49,13 @@ async def handler(job):
             await asyncio.sleep(given["pause"])
             continue
         yield {"number": number, "attempt_of": os.environ["RUNPOD_POD_ID"], "s3": "s3Config" in job}
-    await asyncio.sleep(given.get("seconds", 0))
-    if given.get("die"):
-        os._exit(3)
     if given.get("progress"):
         runpod.serverless.progress_update(job, "half")
-        await asyncio.sleep(0.5)
+    await asyncio.sleep(given.get("seconds", 0))
+    while not os.path.exists(given.get("until", "/")):
+        await asyncio.sleep(0.05)
+    if given.get("die"):
+        os._exit(3)
 
 runpod.serverless.start({
     "handler": handler, "return_aggregate_stream": True, "concurrency_modifier": lambda current: 8,
@@ -89,21 +90,23 @@ async def test_a_job_is_run_its_status_kept_and_its_stream_given_once(serve: Ser
     assert second == {"status": "COMPLETED", "stream": []}
 
 
-async def test_runsync_answers_with_the_output_or_after_its_wait_with_the_state(serve: Serve) -> None:
+async def test_runsync_answers_with_the_output_or_after_its_wait_with_the_state(serve: Serve, tmp_path: Path) -> None:
     answer = await serve.post("runsync", {"input": {}})
     assert (answer["status"], answer["id"][:5]) == ("COMPLETED", "sync-")
-    answer = await serve.post("runsync?wait=1000", {"input": {"seconds": 2}})
-    assert answer["status"] == "IN_PROGRESS"
+    end = tmp_path / "end"
+    answer = await serve.post("runsync?wait=1000", {"input": {"until": str(end)}})
+    assert answer["status"] in {"IN_QUEUE", "IN_PROGRESS"}
+    end.touch()
     assert (await serve.ended(answer["id"]))["status"] == "COMPLETED"
 
 
-async def test_a_progress_update_is_the_output_of_a_running_job(serve: Serve) -> None:
-    job_id = await serve.run({"progress": True})
-    seen = []
-    while (status := await serve.get(f"status/{job_id}"))["status"] != "COMPLETED":
-        seen.append(status.get("output"))
+async def test_a_progress_update_is_the_output_of_a_running_job(serve: Serve, tmp_path: Path) -> None:
+    end = tmp_path / "end"
+    job_id = await serve.run({"progress": True, "until": str(end)})
+    while (await serve.get(f"status/{job_id}")).get("output") != "half":
         await asyncio.sleep(0.05)
-    assert "half" in seen
+    end.touch()
+    assert (await serve.ended(job_id))["status"] == "COMPLETED"
 
 
 async def test_a_job_that_its_client_has_left_is_found_and_cancelled(serve: Serve) -> None:
@@ -132,8 +135,9 @@ async def test_a_job_s_policy_ends_it_and_a_result_goes_when_its_client_says_so(
     assert ended["status"] == "TIMED_OUT"
     assert ended["error"] == "the job ran longer than its execution timeout of 5.001 s"
     assert await serve.get(f"status/{job_id}?ttl=0") == ended
-    await asyncio.sleep(0.6)
-    code, answer = await serve.call("GET", f"status/{job_id}")
+    while (found := await serve.call("GET", f"status/{job_id}"))[0] == 200:
+        await asyncio.sleep(0.05)
+    code, answer = found
     assert (code, "no longer kept" in answer["error"]) == (404, True)
 
 
@@ -217,9 +221,11 @@ async def test_a_job_whose_workers_die_is_tried_twice_then_fails_and_can_be_retr
         }  # fmt: skip
         assert await serve.post(f"retry/{job_id}") == {"id": job_id, "status": "IN_QUEUE"}
         assert (await serve.ended(job_id))["status"] == "FAILED"
-        half = await serve.run({"chunks": 2, "seconds": 1, "die": True})
+        read = tmp_path / "read"
+        half = await serve.run({"chunks": 2, "until": str(read), "die": True})
         while not (await serve.get(f"stream/{half}"))["stream"]:
             await asyncio.sleep(0.05)
+        read.touch()
         ended = await serve.ended(half)
         assert "some of its output had been delivered, so it was not tried again" in ended["error"]
         assert (await serve.post("runsync", {"input": {}}))["status"] == "COMPLETED"
@@ -244,11 +250,13 @@ async def test_a_restart_after_sigkill_loses_no_job_and_leaves_no_worker(tmp_pat
 async def test_ctrl_c_ends_it_and_keeps_what_waits_and_what_runs(tmp_path: Path, handler: str) -> None:
     async with Serve(tmp_path, "--handler", handler) as first:
         await first.says("worker-1 takes jobs")
-        ends, outlasts = await first.run({"seconds": 3}), await first.run({"seconds": 30})
+        end = tmp_path / "end"
+        ends, outlasts = await first.run({"until": str(end)}), await first.run({"seconds": 60})
         while (await first.get("health"))["jobs"]["inProgress"] < 2:
             await asyncio.sleep(0.05)
         first.process.send_signal(signal.SIGINT)
         await first.says("2 jobs may run on for 10 s")
+        end.touch()
         code, answer = await first.call("POST", "run", {"input": {}})
         assert (code, answer) == (503, {"error": "this endpoint is about to stop"})
         assert (await first.ended(ends))["status"] == "COMPLETED"
@@ -307,9 +315,11 @@ async def test_who_waits_on_a_connection_at_a_forced_stop_is_told_so(tmp_path: P
         await serve.post(f"cancel/{sync[0]}")
 
 
-async def streamed(serve: Serve, body: dict[str, Any], leave_after: int = 0) -> list[str]:
-    """Return the events of an OpenAI stream, the first ones if the client leaves."""
-    events: list[str] = []
+async def streamed(
+    serve: Serve, body: dict[str, Any], leave_after: int = 0, events: list[str] | None = None
+) -> list[str]:
+    """Return the events of an OpenAI stream, the first ones if the client leaves; `events` has them as they come."""
+    events = [] if events is None else events
     async with serve.http.post(f"{serve.url}/openai/v1/chat/completions", json=body | {"stream": True}) as response:
         assert response.status == 200
         async for line in response.content:
@@ -334,10 +344,9 @@ async def test_two_hundred_openai_streams_at_once_come_whole_or_end_with_why(tmp
         while (await serve.get("health"))["jobs"]["inProgress"]:
             await asyncio.sleep(0.05)  # the job ends with its client
 
-        streams = [asyncio.create_task(streamed(serve, forever)) for _ in range(4)]
-        while (await serve.get("health"))["jobs"]["inProgress"] < 4:
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(0.5)
+        seen: list[list[str]] = [[] for _ in range(4)]
+        streams = [asyncio.create_task(streamed(serve, forever, events=events)) for events in seen]
+        await until(lambda: all(len(events) > 2 for events in seen))
         for leader in serve.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(leader, signal.SIGKILL)
@@ -385,7 +394,10 @@ async def test_workers_come_from_zero_as_requests_do_and_go_when_idle(tmp_path: 
 async def test_by_queue_delay_workers_come_one_by_one_up_to_the_most_and_all_go(tmp_path: Path, handler: str) -> None:
     scaling = ["--workers", "0", "--max-workers", "2", "--idle-timeout", "0.5", "--scaler-value", "0.3"]
     async with Serve(tmp_path, "--handler", handler, *scaling) as serve:
-        jobs = [await serve.run({"seconds": 0.5}) for _ in range(48)]  # a worker runs 8 at a time
+        both = tmp_path / "both"
+        jobs = [await serve.run({"until": str(both)}) for _ in range(48)]  # a worker runs 8 at a time
+        await serve.says("worker-2 takes jobs")
+        both.touch()
         ended = [await serve.ended(job) for job in jobs]
         assert {status["status"] for status in ended} == {"COMPLETED"}
         assert {status["workerId"] for status in ended} == {"worker-1", "worker-2"}
@@ -628,7 +640,7 @@ async def keeping(
 async def test_a_job_that_nobody_takes_times_out_and_its_result_expires_everywhere(tmp_path: Path) -> None:
     async with keeping(tmp_path / "db") as endpoint:
         job = endpoint.plane.submit(1, terms=Terms(ttl=0.3, retention=0.3, durable=True))
-        assert await job.ended(5)
+        assert await job.ended(60)
         assert status(job) == {
             "id": job.id, "status": "TIMED_OUT", "error": "the job did not end within its time to live of 0.3 s",
         }  # fmt: skip
