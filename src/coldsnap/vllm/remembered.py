@@ -12,9 +12,12 @@ from typing import Any
 
 
 def environment_key() -> str:
-    """Return what changes whenever a package is installed, upgraded or removed: the folders and their times."""
+    """Return what changes whenever a package is installed, upgraded or removed: the folders and their times.
+
+    In whole seconds: an image's layers keep no more of a time, so that nanoseconds would change at the first pull.
+    """
     folders = [Path(name) for name in sys.path if Path(name).name in {"site-packages", "dist-packages"}]
-    return repr([sys.version, *((str(folder), folder.stat().st_mtime_ns) for folder in folders if folder.exists())])
+    return repr([sys.version, *((str(folder), int(folder.stat().st_mtime)) for folder in folders if folder.exists())])
 
 
 class Remembered:

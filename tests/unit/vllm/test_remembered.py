@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,20 @@ def test_the_key_changes_when_something_is_installed(tmp_path: Path, monkeypatch
     folder = tmp_path / "site-packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
+    os.utime(folder, (1_700_000_000, 1_700_000_000))
     before = environment_key()
     assert environment_key() == before
     (folder / "new.dist-info").mkdir()
     assert environment_key() != before
+
+
+def test_the_key_is_the_same_once_a_registry_has_cut_off_nanoseconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    os.utime(folder, ns=(1_700_000_000_123_456_789, 1_700_000_000_123_456_789))
+    before = environment_key()
+    os.utime(folder, (1_700_000_000, 1_700_000_000))
+    assert environment_key() == before
