@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest_asyncio
 
 from coldsnap.testing import ControlPlane
 
-from .worker import STALLS, Worker
+from .worker import Worker
 
 Boot = Callable[..., Worker]
 
@@ -31,14 +30,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty home folder, as on a fresh machine: the first boot fills vLLM's caches there."""
     return tmp_path_factory.mktemp("home")
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session", autouse=True)
-async def stalls() -> AsyncIterator[None]:
-    """Watch for stalls of the machine, which `took` and `eventually` leave out."""
-    watch = asyncio.create_task(STALLS.watch())
-    yield
-    watch.cancel()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -16,7 +16,7 @@ from coldsnap.caches import bundle
 from coldsnap.foundation.s3 import Bucket, Place
 
 from .conftest import Boot
-from .worker import CORPUS, EMOJI_ONLY, ROOT, SNAPSHOT, Worker, environment, eventually, text
+from .worker import CORPUS, EMOJI_ONLY, PATIENCE, ROOT, SNAPSHOT, Worker, environment, eventually, text
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 MODELINFO = Path(".cache/vllm/modelinfos")
@@ -41,7 +41,7 @@ def home(inspected: Path, tmp_path: Path) -> Path:
 
 async def serves(worker: Worker) -> dict[str, Any]:
     """Ask for an answer; return the record of the cold start."""
-    assert text(await worker.ask(EMOJI_ONLY).result(10)) == CORPUS[EMOJI_ONLY]
+    assert text(await worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
     record = worker.records()[0]
     assert sum(record["phases"].values()) == pytest.approx(record["seconds"], abs=0.001)
     return record
@@ -49,7 +49,7 @@ async def serves(worker: Worker) -> dict[str, Any]:
 
 async def stored(worker: Worker) -> None:
     """Wait until the worker, which has nothing to do, has stored a bundle."""
-    await eventually(lambda: "stored in" in worker.stderr, 20)
+    await eventually(lambda: "stored in" in worker.stderr)
 
 
 async def test_the_next_boot_finds_the_bundle_on_the_volume_and_a_damaged_one_is_refused_and_made_anew(

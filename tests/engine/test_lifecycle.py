@@ -26,6 +26,7 @@ from .worker import (
     LONG,
     MANIFEST,
     MODEL,
+    PATIENCE,
     ROOT,
     SNAPSHOT,
     STEADY,
@@ -38,14 +39,16 @@ from .worker import (
     run_handler,
     scratch,
     text,
-    took,
     user,
+    without_vllm,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = "What is a cold start?"
 DEAD = '"type":"EngineDeadError"'
+PATIENT_DRAIN = str(10 * PATIENCE)
+"""DRAIN_SECONDS of a worker whose end must not wait for them: a test gives up before."""
 
 
 async def test_sigterm_lets_running_and_late_jobs_end_and_exits_0_without_ever_asking_the_network(
@@ -60,25 +63,25 @@ async def test_sigterm_lets_running_and_late_jobs_end_and_exits_0_without_ever_a
     server = await asyncio.start_server(proxy, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     proxies = {name: address for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())}
-    async with server, new_worker(**proxies, HF_ENDPOINT=address, MAX_MODEL_LENGTH="64", VLLM_API_KEY="k") as worker:
+    environ = {"HF_ENDPOINT": address, "MAX_MODEL_LENGTH": "64", "VLLM_API_KEY": "k", "DRAIN_SECONDS": PATIENT_DRAIN}
+    async with server, new_worker(**proxies, **environ) as worker:
         assert "MAX_MODEL_LENGTH is not a setting" in worker.stderr
         assert "did you mean MAX_MODEL_LEN?" in worker.stderr
-        native = worker.ask(QUESTION, sampling_params=STEADY)
-        chat = worker.openai("/v1/chat/completions", {"messages": [user(QUESTION)], "stream": True, **STEADY})
-        await asyncio.gather(native.started(10), chat.started(10))
+        steady = STEADY | {"max_tokens": 1000}
+        native = worker.ask(QUESTION, sampling_params=steady)
+        chat = worker.openai("/v1/chat/completions", {"messages": [user(QUESTION)], "stream": True, **steady})
+        await asyncio.gather(native.started(PATIENCE), chat.started(PATIENCE))
         worker.process.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
         await asyncio.sleep(0.1)
         late = worker.ask(EMOJI_ONLY)  # the open job-take delivers it
-        assert text(await late.result(10)) == CORPUS[EMOJI_ONLY]
-        chunks = await native.result(30)
+        assert text(await late.result(PATIENCE)) == CORPUS[EMOJI_ONLY]
+        chunks = await native.result(PATIENCE)
         assert chunks[-1]["finish_reason"] == "length"
-        assert chunks[-1]["usage"]["completion_tokens"] == LONG
-        assert (await chat.result(30))[-1].endswith("data: [DONE]\n\n")
-        done = time.monotonic()
-        assert took(stopped, done) > 0.5  # they did run on
-        assert await worker.ended(15) == 0
-        assert took(done) < 5
+        assert chunks[-1]["usage"]["completion_tokens"] == 1000
+        assert (await chat.result(PATIENCE))[-1].endswith("data: [DONE]\n\n")
+        assert min(native.timestamps.chunks[-1], chat.timestamps.chunks[-1]) > stopped  # they did run on
+        assert await worker.ended() == 0  # and long before DRAIN_SECONDS are over
         assert "Traceback" not in worker.stderr + worker.stdout
         assert worker.plane.violations == []
     assert asked == []
@@ -94,27 +97,29 @@ async def test_a_job_that_outlasts_drain_seconds_ends_with_an_error_that_names_i
             worker.ask(QUESTION, stream=False, sampling_params=STEADY | {"n": 8, "temperature": 1}),
             worker.openai("/v1/completions", body | {"n": 8, "temperature": 1, "stream": True}),
         ]
-        await asyncio.gather(shapes[0].started(10), shapes[2].started(10))
+        await asyncio.gather(shapes[0].started(PATIENCE), shapes[2].started(PATIENCE))
         worker.process.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
         for job in shapes:
             with pytest.raises(JobFailed, match="DRAIN_SECONDS=1") as caught:
-                await job.result(10)
+                await job.result(PATIENCE)
             assert '"type":"ServiceUnavailableError"' in caught.value.error
             assert '"code":503' in caught.value.error
             assert job.timestamps.done is not None
             assert job.timestamps.done - stopped > 0.9
-            assert took(stopped, job.timestamps.done) < 2.5
-        assert await worker.ended(15) == 0
-        assert took(stopped) < 7
+        assert await worker.ended() == 0
         assert worker.plane.violations == []
         # A ledger that cannot be written is said once; the records are on stdout.
         assert worker.stderr.count("COLDSNAP_LEDGER_DIR: /proc/nowhere/ledger.jsonl cannot be written") == 1
         assert worker.stdout.count('"error":"ServiceUnavailableError"') == 3
+        tokens = [
+            int(found) for found in re.findall(r'"completion_tokens":(\d+).*ServiceUnavailableError', worker.stdout)
+        ]
+        assert 0 < max(tokens) < 8 * LONG  # cut short
 
 
 async def test_a_killed_engine_fails_its_jobs_as_dead_and_ends_the_worker_with_1(new_worker: Boot) -> None:
-    async with new_worker() as worker:
+    async with new_worker(DRAIN_SECONDS=PATIENT_DRAIN) as worker:
         body = {"prompt": QUESTION, **STEADY}
         jobs = [
             worker.ask(QUESTION, sampling_params=STEADY),
@@ -122,17 +127,14 @@ async def test_a_killed_engine_fails_its_jobs_as_dead_and_ends_the_worker_with_1
             worker.openai("/v1/completions", body | {"stream": True}),
             worker.openai("/v1/completions", body),
         ]
-        await asyncio.gather(jobs[0].started(10), jobs[2].started(10))
+        await asyncio.gather(jobs[0].started(PATIENCE), jobs[2].started(PATIENCE))
         (core,) = worker.engine("EngineCor")
         os.kill(core, signal.SIGKILL)
-        killed = time.monotonic()
         for job in jobs:
             with pytest.raises(JobFailed) as caught:
-                await job.result(10)
+                await job.result(PATIENCE)
             assert DEAD in caught.value.error, caught.value.error
-            assert took(killed, job.timestamps.done) < 4
-        assert await worker.ended(15) == 1
-        assert took(killed) < 10
+        assert await worker.ended() == 1
         assert worker.stderr.count("coldsnap: the engine process is gone; the worker ends") == 1
         requests = [record for record in worker.records() if record["record"] == "request"]
         assert [record["error"] for record in requests] == ["EngineDeadError"] * 4
@@ -140,11 +142,11 @@ async def test_a_killed_engine_fails_its_jobs_as_dead_and_ends_the_worker_with_1
 
 
 async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends_with_1(new_worker: Boot) -> None:
-    async with new_worker() as worker:
-        assert text(await worker.ask(EMOJI_ONLY).result(10)) == CORPUS[EMOJI_ONLY]
+    async with new_worker(DRAIN_SECONDS=PATIENT_DRAIN) as worker:
+        assert text(await worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
         (child,) = worker.engine("Worker")
         os.kill(child, signal.SIGKILL)
-        assert await worker.ended(10) == 1
+        assert await worker.ended() == 1
         assert "coldsnap: the engine process is gone; the worker ends" in worker.stderr
         assert worker.plane.violations == []
 
@@ -191,7 +193,7 @@ async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_
         async with asyncio.timeout(BOOT_SECONDS):
             out, err = await process.communicate()
         assert (process.returncode, out, err) == (128 + signum, b"", b"")
-        await eventually(lambda: not group(process.pid), 5)
+        await eventually(lambda: not group(process.pid))
         left = [path.name for path in temporary.iterdir() if not path.is_dir()]
         assert [
             name for name in left if not name.startswith("vllm_dist_")
@@ -258,10 +260,9 @@ async def test_a_damaged_snapshot_ends_the_boot_with_one_line_that_names_the_fil
 ) -> None:
     damage, words = FAULTS[fault]
     damage(snapshot)
-    ended = await refused(plane, home, tmp_path, SNAPSHOT_DIR=str(snapshot))
+    ended = await refused(plane, home, tmp_path, SNAPSHOT_DIR=str(snapshot), **without_vllm(tmp_path))
     assert words in ended.stderr
     assert str(snapshot) in ended.stderr
-    assert ended.seconds < 3  # before vLLM is imported
 
 
 EARLY = {
@@ -279,9 +280,8 @@ async def test_a_wrong_setting_ends_the_boot_with_one_line_that_names_the_variab
     plane: ControlPlane, home: Path, tmp_path: Path, variable: str
 ) -> None:
     value, words = EARLY[variable]
-    ended = await refused(plane, home, tmp_path, **{variable: value})
+    ended = await refused(plane, home, tmp_path, **{variable: value}, **without_vllm(tmp_path))
     assert re.search(words, ended.stderr), ended.stderr
-    assert ended.seconds < 3
 
 
 async def test_a_wrong_argument_of_vllm_ends_the_boot_with_one_line_that_names_the_variable(

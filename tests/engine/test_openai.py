@@ -25,6 +25,7 @@ from .worker import (
     LONG,
     MANIFEST,
     MODEL,
+    PATIENCE,
     ROOT,
     SNAPSHOT,
     STEADY,
@@ -88,7 +89,7 @@ async def test_a_chat_stream_gives_the_exact_text_and_then_the_usage(client: ope
 async def test_sse_events_are_never_split_between_chunks(worker: Worker) -> None:
     body = {"messages": [user(HELLO)], "stream": True}
     job = worker.openai("/v1/chat/completions", body)
-    chunks = await job.result(10)
+    chunks = await job.result(PATIENCE)
     assert len(chunks) > 1
     for chunk in chunks:
         assert chunk.startswith("data: ")
@@ -193,44 +194,44 @@ async def test_responses_are_served(client: openai.AsyncOpenAI, stream: bool) ->
 
 async def test_messages_in_anthropics_shape_are_served(worker: Worker) -> None:
     body = {"model": MODEL, "max_tokens": 200, "messages": [user(QUESTION)]}
-    (plain,) = await worker.openai("/v1/messages", body).result(10)
+    (plain,) = await worker.openai("/v1/messages", body).result(PATIENCE)
     assert (plain["type"], plain["role"], plain["stop_reason"]) == ("message", "assistant", "end_turn")
     assert "".join(part["text"] for part in plain["content"] if part["type"] == "text") == ANSWER
-    streamed = "".join(await worker.openai("/v1/messages", body | {"stream": True}).result(10))
+    streamed = "".join(await worker.openai("/v1/messages", body | {"stream": True}).result(PATIENCE))
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     assert (events[0]["type"], events[-1]["type"]) == ("message_start", "message_stop")
     assert "".join(event.get("delta", {}).get("text") or "" for event in events) == ANSWER
     (last,) = [event for event in events if "cost" in event]
     assert (last["type"], last["usage"]["output_tokens"] > 1) == ("message_delta", True)
     assert last["cost"]["gpu_seconds"] > 0
-    (counted,) = await worker.openai("/v1/messages/count_tokens", body).result(10)
+    (counted,) = await worker.openai("/v1/messages/count_tokens", body).result(PATIENCE)
     assert counted["input_tokens"] == plain["usage"]["input_tokens"]
 
 
 async def test_generic_jobs_tokenize_and_detokenize(plane: ControlPlane) -> None:
     for text in (QUESTION, CORPUS[HELLO]):
         job = {"route": "/tokenize", "method": "POST", "body": {"model": MODEL, "prompt": text}}
-        (tokens,) = await plane.submit(job).result(10)
+        (tokens,) = await plane.submit(job).result(PATIENCE)
         assert tokens["count"] == len(tokens["tokens"]) > 1
         # worker-vllm takes the body as JSON text too, and the method in either case.
         body = json.dumps({"tokens": tokens["tokens"]})
         job = {"route": "/detokenize", "method": "post", "body": body}
-        assert await plane.submit(job).result(10) == [{"prompt": text}]
+        assert await plane.submit(job).result(PATIENCE) == [{"prompt": text}]
 
 
 async def test_an_answer_larger_than_a_chunk_of_the_platform_arrives_in_the_result(plane: ControlPlane) -> None:
     body = {"tokens": STEADY["allowed_token_ids"] * 1_100_000}
-    (answer,) = await plane.submit({"route": "/detokenize", "body": body}).result(20)
+    (answer,) = await plane.submit({"route": "/detokenize", "body": body}).result(PATIENCE)
     assert len(answer["prompt"]) == 1_100_000
 
 
 async def test_generic_jobs_reach_the_routes_that_serve_the_model(plane: ControlPlane) -> None:
     body = {"messages": [user(QUESTION)]}
-    (chat,) = await plane.submit({"route": "/v1/chat/completions", "method": "POST", "body": body}).result(10)
+    (chat,) = await plane.submit({"route": "/v1/chat/completions", "method": "POST", "body": body}).result(PATIENCE)
     assert chat["choices"][0]["message"]["content"] == ANSWER
-    (models,) = await plane.submit({"route": "/v1/models", "method": "GET"}).result(10)
+    (models,) = await plane.submit({"route": "/v1/models", "method": "GET"}).result(PATIENCE)
     assert [model["id"] for model in models["data"]] == [MODEL]
-    assert await plane.submit({"route": "/health", "method": "GET"}).result(10) == [{"status": 200}]
+    assert await plane.submit({"route": "/health", "method": "GET"}).result(PATIENCE) == [{"status": 200}]
 
 
 async def test_a_route_for_pooling_models_is_not_found_on_this_one(client: openai.AsyncOpenAI) -> None:
@@ -271,7 +272,7 @@ async def test_a_client_that_leaves_mid_stream_ends_the_request_in_the_engine(
     await anext(aiter(stream))
     job = list(worker.plane.jobs.values())[-1]
     await stream.close()
-    record = await worker.record(job, within=2)
+    record = await worker.record(job)
     assert record["error"] == "cancelled"
     assert 0 < record["completion_tokens"] < 0.75 * LONG
 
@@ -447,15 +448,14 @@ def _fold(found: dict[str, Any], path: str, value: Any) -> None:
         found[path].append(value)
 
 
-@pytest.mark.timeout(300)
 async def test_everything_is_answered_as_vllms_own_server_answers_it(
     worker: Worker, home: Path, tmp_path: Path
 ) -> None:
-    async with asyncio.timeout(240), vllms_own_server(tmp_path, home) as server:
+    async with vllms_own_server(tmp_path, home) as server:
         for name, (route, body) in SAME.items():
             status, theirs = await asked_of_vllm(server, route, body)
             assert status == 200, f"{name}: {theirs}"
-            ours = await worker.openai(route, body).result(20)
+            ours = await worker.openai(route, body).result(PATIENCE)
             if body and body.get("stream"):
                 assert folded(blanked("".join(ours))) == folded(blanked(theirs)), name
             else:
@@ -464,11 +464,11 @@ async def test_everything_is_answered_as_vllms_own_server_answers_it(
                 assert blanked(json.dumps(ours[0])) == blanked(json.dumps(json.loads(theirs))), name
         for name, (route, body) in ONE_TOKEN.items():
             _, theirs = await asked_of_vllm(server, route, body)
-            ours = await worker.openai(route, body).result(10)
+            ours = await worker.openai(route, body).result(PATIENCE)
             assert blanked("".join(ours)) == blanked(theirs), name
         for name, (route, body) in SAME_ERRORS.items():
             status, theirs = await asked_of_vllm(server, route, body)
             assert 400 <= status < 500, f"{name}: {theirs}"
             with pytest.raises(JobFailed) as caught:
-                await worker.openai(route, body).result(10)
+                await worker.openai(route, body).result(PATIENCE)
             assert json.loads(caught.value.error) == json.loads(theirs), name

@@ -18,7 +18,7 @@ from coldsnap.testing import ControlPlane, Exchange, Fault, FaultyProxy
 
 from .conftest import Boot
 from .test_lifecycle import refused
-from .worker import CORPUS, EMOJI_ONLY, MANIFEST, SNAPSHOT, Worker, text
+from .worker import CORPUS, EMOJI_ONLY, MANIFEST, PATIENCE, SNAPSHOT, Worker, text
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -51,7 +51,7 @@ def every_third(exchange: Exchange) -> Fault | None:
 
 async def serves(worker: Worker) -> dict[str, Any]:
     """Ask for an answer; return the record of the cold start."""
-    assert text(await worker.ask(EMOJI_ONLY).result(10)) == CORPUS[EMOJI_ONLY]
+    assert text(await worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
     return worker.records()[0]
 
 
@@ -95,7 +95,7 @@ async def test_a_model_that_the_platform_has_cached_is_served_and_said_to_be_unv
     (commit / NAME).unlink()
     environ = {"MODEL_NAME": "Org/Model", "SNAPSHOT_VOLUME": str(tmp_path / "volume")}
     async with new_worker(**environ) as worker:
-        assert text(await worker.ask(EMOJI_ONLY, model="Org/Model").result(10)).startswith(CORPUS[EMOJI_ONLY])
+        assert text(await worker.ask(EMOJI_ONLY, model="Org/Model").result(PATIENCE)).startswith(CORPUS[EMOJI_ONLY])
         cold = worker.records()[0]
     assert (cold["source"], cold["verified"], cold["model"]) == ("platform-cache", False, "Org/Model")
     assert (cold["snapshot_digest"], cold["snapshot_bytes"], cold["fetched_bytes"]) == (None, None, 0)

@@ -37,14 +37,23 @@ LONG = CONTEXT - 200
 STEADY: dict[str, Any] = {"max_tokens": LONG, "allowed_token_ids": [40]}
 """Sampling parameters of a stream of some seconds, a character for each token: left to itself the demo model
 goes on after its answer with tokens that have no text."""
-BOOT_SECONDS = 90.0
-"""For a machine that does other things; a boot is refused as too slow elsewhere."""
+PATIENCE = 120.0
+"""Seconds until a test gives up. No claim: also on a slow machine, or one that stands still, what must come comes."""
+BOOT_SECONDS = 180.0
+"""The same for a boot."""
 
 
 def environment(home: Path, ledger: Path, **more: str) -> dict[str, str]:
     """Return all variables of a worker: nothing of the environment that the tests happen to run in."""
     kept = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
     return kept | {"COLDSNAP_LEDGER_DIR": str(ledger)} | more
+
+
+def without_vllm(folder: Path) -> dict[str, str]:
+    """Return the variable with which a worker ends at once, with exit code 70, should it import vLLM."""
+    hook = 'lambda event, args: event == "import" and args[0] == "vllm" and os._exit(70)'
+    (folder / "sitecustomize.py").write_text(f"import os, sys\nsys.addaudithook({hook})\n", "utf-8")
+    return {"PYTHONPATH": str(folder)}
 
 
 @contextlib.contextmanager
@@ -54,35 +63,6 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-class Stalls:
-    """When this process got no processor, as its event loop saw it: a shared machine's doing, not a worker's."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[float, float]] = []
-
-    async def watch(self) -> None:
-        """Look until cancelled."""
-        while True:
-            begun = time.monotonic()
-            await asyncio.sleep(_LOOK_SECONDS)
-            if time.monotonic() - begun > 3 * _LOOK_SECONDS:
-                self._found.append((begun + _LOOK_SECONDS, time.monotonic()))
-
-    def within(self, begin: float, end: float) -> float:
-        """Return the seconds between two `time.monotonic()` that were stalls."""
-        return sum(max(0.0, min(end, till) - max(begin, since)) for since, till in self._found)
-
-
-_LOOK_SECONDS = 0.02
-STALLS = Stalls()
-
-
-def took(begin: float, end: float | None = None) -> float:
-    """Return the seconds from `begin` to `end`, or to now, without those that were stalls."""
-    end = time.monotonic() if end is None else end
-    return end - begin - STALLS.within(begin, end)
-
-
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A run of `handler.py` that ended by itself."""
@@ -90,12 +70,10 @@ class Ended:
     code: int
     stdout: str
     stderr: str
-    seconds: float
 
 
 async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) -> Ended:
     """Run `handler.py` to its end, in the folder `cwd`; its ledger goes to `cwd/ledger`."""
-    begun = time.monotonic()
     with scratch() as temporary:
         process = await asyncio.create_subprocess_exec(
             sys.executable, ROOT / "handler.py", *arguments, cwd=cwd,
@@ -108,7 +86,7 @@ async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) ->
         finally:
             kill_group(process.pid)
     assert process.returncode is not None
-    return Ended(process.returncode, out.decode(), err.decode(), took(begun))
+    return Ended(process.returncode, out.decode(), err.decode())
 
 
 class Worker:
@@ -162,11 +140,11 @@ class Worker:
             pytest.fail(f"the worker ended with {self.process.returncode} before it took jobs:\n{self.log()}")
         await taking
 
-    async def ended(self, within: float) -> int:
+    async def ended(self) -> int:
         """Return the exit code once the worker has ended by itself, and every process of it with it."""
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(PATIENCE):
             code = await self.process.wait()
-        await eventually(lambda: not group(self.process.pid), 5)
+        await eventually(lambda: not group(self.process.pid))
         return code
 
     @property
@@ -198,16 +176,14 @@ class Worker:
         """Submit a passthrough job as the platform does: a GET has an empty body."""
         return self.plane.submit({"openai_route": route, "openai_input": body or {}})
 
-    async def refused(self, job_input: object, *, within: float = 1.0) -> dict[str, Any]:
-        """Return the `error` object with which a job fails in time, after which the worker serves the next."""
+    async def refused(self, job_input: object) -> dict[str, Any]:
+        """Return the `error` object with which a job fails, after which the worker serves the next."""
         job = self.plane.submit(job_input)
         with pytest.raises(JobFailed) as caught:
-            await job.result(30)
+            await job.result(PATIENCE)
         assert job.state is JobState.FAILED
         assert job.chunks == []
-        assert job.timestamps.done is not None
-        assert took(job.timestamps.submitted, job.timestamps.done) < within
-        assert text(await self.ask(EMOJI_ONLY).result(10)) == CORPUS[EMOJI_ONLY]
+        assert text(await self.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
         body = json.loads(caught.value.error)
         assert body.keys() == {"error"}
         assert body["error"].keys() == {"message", "type", "param", "code"}
@@ -218,7 +194,7 @@ class Worker:
     def records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "ledger.jsonl").read_bytes().splitlines()]
 
-    async def record(self, job: Job, within: float = 1.0) -> dict[str, Any]:
+    async def record(self, job: Job) -> dict[str, Any]:
         """Return the job's record as soon as it is there."""
         found: list[dict[str, Any]] = []
 
@@ -226,7 +202,7 @@ class Worker:
             found[:] = [record for record in self.records() if record.get("job_id") == job.id]
             return bool(found)
 
-        await eventually(look, within)
+        await eventually(look)
         (record,) = found
         return record
 
@@ -259,12 +235,11 @@ def text(chunks: list[dict[str, Any]], index: int = 0) -> str:
     return "".join(chunk["text"] for chunk in chunks if chunk.get("index", 0) == index)
 
 
-async def eventually(condition: Callable[[], bool], within: float) -> None:
-    """Return when `condition` holds; fail if it does not in time."""
-    begun = time.monotonic()
-    while not condition():
-        assert took(begun) < within, f"did not happen within {within} s"
-        await asyncio.sleep(0.01)
+async def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Return when `condition` holds."""
+    async with asyncio.timeout(patience):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def group(leader: int) -> list[int]:

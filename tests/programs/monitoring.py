@@ -33,7 +33,7 @@ class Program:
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
         self.http = aiohttp.ClientSession()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not await self._answers():
                 assert self._process.returncode is None, self._log.read_text("utf-8")
                 await asyncio.sleep(0.05)

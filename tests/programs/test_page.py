@@ -23,7 +23,7 @@ from coldsnap.desk.report import notation
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = "What is a cold start?"
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 WRONG = "rpa_of_another_endpoint"
 SEEN = """
 addEventListener("DOMContentLoaded", () => new MutationObserver(() => {
@@ -238,14 +238,14 @@ async def test_it_stays_up_when_a_worker_dies_and_when_serve_starts_again(
         await expect(page.locator("#talk")).to_contain_text("stopped")
         await expect(page.locator("#queued")).to_have_text("0")
         await expect(page.locator("#done")).to_contain_text("1 cancelled")
-        await expect(page.locator(".worker .waterfall")).to_contain_text("import_vllm", timeout=90_000)
+        await expect(page.locator(".worker .waterfall")).to_contain_text("import_vllm", timeout=180_000)
         await expect(page.locator("#legend")).to_contain_text("set GPU_PRICE_PER_SECOND to have costs in dollars")
         await expect(page.locator("#usd")).to_have_text("–")
         (job,) = await steady(serve, 1, 1500)
         await expect(page.locator(".worker")).to_contain_text("running 1 job")
         os.kill(serve.workers[0], signal.SIGKILL)
         await expect(page.locator(".worker", has_text="was ended by SIGKILL")).to_contain_text("worker-1")
-        await expect(page.locator(".worker", has_text="worker-2")).to_contain_text("running 1 job", timeout=90_000)
+        await expect(page.locator(".worker", has_text="worker-2")).to_contain_text("running 1 job", timeout=180_000)
         await expect(page.locator("#said")).to_have_text(re.compile("live"))
         await serve.post(f"cancel/{job}")
         await serve.end()

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import openai
 import pytest
@@ -53,6 +54,7 @@ class Watched:
     at_desk: bool
     begun: float = field(default_factory=time.time)
     answered: int = 0
+    cancelled: int = 0
     tokens: int = 0
 
 
@@ -88,6 +90,22 @@ async def load(watched: Watched) -> None:
         while not (await serve.get(f"stream/{job_id}"))["stream"]:
             pass
         assert (await serve.post(f"cancel/{job_id}"))["status"] == "CANCELLED"
+        watched.cancelled += 1
+
+
+async def arrived(watched: Watched) -> None:
+    """Return when Prometheus has counted every request, and has evaluated its rules since."""
+    value, ask = watched.prometheus.value, watched.prometheus.ask
+    while await value("sum(coldsnap_requests_total)") != watched.answered + watched.cancelled:
+        await asyncio.sleep(0.2)
+    counted = datetime.now(UTC)
+
+    async def evaluated() -> bool:
+        rules = [rule for group in (await ask("rules"))["groups"] for rule in group["rules"]]
+        return all(datetime.fromisoformat(rule["lastEvaluation"]) > counted for rule in rules)
+
+    while not await evaluated():
+        await asyncio.sleep(0.2)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["desk", "pushgateway"])
@@ -108,7 +126,7 @@ async def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         watched = Watched(serve, prometheus, at_desk)
         await serve.says("worker-1 takes jobs")
         await load(watched)
-        await asyncio.sleep(5)  # a push, a scrape, an evaluation of the rules
+        await arrived(watched)
         yield watched
 
 
@@ -183,7 +201,9 @@ async def test_the_platform_counts_what_it_saw(watched: Watched) -> None:
     assert await value("coldsnap_endpoint_queue_delay_seconds_count") == watched.answered + 1
     assert await value('coldsnap_endpoint_workers{state="idle"}') == 1
     assert await value("coldsnap_endpoint_cold_start_seconds_count") == 1
-    assert await value("time() - push_time_seconds") == pytest.approx(0, abs=5)
+    pushed_before = await value("time() - push_time_seconds")
+    assert pushed_before is not None
+    assert -1 < pushed_before < 60
 
 
 @pytest.mark.parametrize("watched", ["desk"], indirect=True)
@@ -212,7 +232,7 @@ async def test_metrics_stay_up_and_no_total_falls_when_a_worker_is_killed(watche
             assert during[name]["worker-1"] >= before[name]["worker-1"]
         await asyncio.sleep(0.1)
     await load(watched)
-    await asyncio.sleep(5)
+    await arrived(watched)
     after = await scraped()
     assert after["vllm:num_requests_running"] == {"worker-2": 0}
     assert after["coldsnap_tokens_total"]["worker-2"] > 0

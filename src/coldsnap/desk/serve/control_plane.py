@@ -83,6 +83,8 @@ class ControlPlane(Board):
         self.url = ""
         self.faults = faults
         """May be changed at any time."""
+        self.gate: asyncio.Event | None = None
+        """What POSTs that come from now on wait for."""
         self._poll_seconds = poll_seconds
         self._idle_status = 400 if flashboot else 204
         self._arrived = Bell()
@@ -209,11 +211,13 @@ class ControlPlane(Board):
         job.posts += 1
         self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
         delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
-        if delay:
+        if delay or self.gate:
             return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request.body)))
         return Response(self._record(kind, worker_id, job, request.body) if status is None else status)
 
     async def _delayed(self, delay: float, status: int | Callable[[], int]) -> Response:
+        if self.gate is not None:
+            await self.gate.wait()
         await asyncio.sleep(delay / 2)
         status = status if isinstance(status, int) else status()
         await asyncio.sleep(delay / 2)
