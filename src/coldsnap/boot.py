@@ -5,14 +5,15 @@ environment -> settings -> fitness, snapshot (beside the import) -> import of vL
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from coldsnap import fitness
 from coldsnap.caches import boot_caches as caches
 from coldsnap.caches.boot_caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
+from coldsnap.errors import BootError
 from coldsnap.records.schema import ColdStart, origin
 from coldsnap.settings import Settings
 from coldsnap.snapshot import sources
 from coldsnap.snapshot.manifest import Manifest
 from coldsnap.snapshot.sources import HUB, Supply
+from coldsnap.snapshot.weights import WeightsCheck
 from coldsnap.timeline import Timeline
 from coldsnap.vllm import arguments
 from coldsnap.vllm import engine as vllm_engine
@@ -93,15 +96,19 @@ def boot(
     with one sentence; then nothing has been served and no process is left.
     """
     search = sources.search(settings, environ, _warn)
-    known = search.manifest
-    found: Future[Supply] = Future()
-    finding = _beside(lambda: found.set_result(search.finish()), "snapshot")
-    needs: dict[str, Any] = {"weights": known.size if known else 0, "gpu": not vllm_release.is_cpu_build()}
+    manifest = search.manifest
+    supply_future: Future[Supply] = Future()
+    finding = _beside(lambda: supply_future.set_result(search.finish()), "snapshot")
+    others = Settings.others(environ)
+    needs: dict[str, Any] = {
+        "weights": manifest.size if manifest else 0,
+        "gpu": not vllm_release.is_cpu_build(),
+        "gpus": _gpus(others, manifest.engine_args if manifest else {}),
+    }
     compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
     fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
-    others = Settings.others(environ)
-    wanted = vllm_release.environment(environ, known.engine_args if known else {})
-    environ.update(wanted | _offline(settings, offline=search.offline))
+    for_vllm = vllm_release.environment(environ, manifest.engine_args if manifest else {})
+    environ.update(for_vllm | _offline(settings, offline=search.offline))
     shared = _caches(settings, environ, search)
     timeline.mark("settings")
 
@@ -109,7 +116,7 @@ def boot(
     timeline.mark("import_vllm")
     timeline.beside["fitness"] = fit.result()
     finding.result()  # raises what went wrong
-    supply = found.result()
+    supply = supply_future.result()
     timeline.beside |= {name: seconds for name, seconds in supply.beside.items() if seconds}
     timeline.mark("fetch" if supply.source == "s3" else "verify")
     cached = OFF
@@ -122,24 +129,45 @@ def boot(
 
     spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}
     manifest = supply.manifest
+    if supply.weights is not None:
+        _AfterFork(supply.weights.engine_starts, "verify_weights")
     name = manifest.served_model_name if manifest else settings.model_name
     names = settings.served_model_name or ((name,) if name else ())
-    engine = vllm_engine.boot(
-        model=str(supply.folder or settings.model_name),
-        fixed={"served_model_name": names} if names else {},
-        manifest=manifest.engine_args if manifest else {},
-        environ=environ,
-        engine_environ=others,
-        digest=manifest.digest if manifest else None,
-        chunk_interval=settings.chunk_interval_ms / 1000,
-        metrics=settings.metrics_push_url is not None,
-        mark=timeline.mark,
-        warn=_warn,
-    )
+    try:
+        engine = vllm_engine.boot(
+            model=str(supply.folder or settings.model_name),
+            fixed={"served_model_name": names} if names else {},
+            manifest=manifest.engine_args if manifest else {},
+            environ=environ,
+            engine_environ=others,
+            digest=manifest.digest if manifest else None,
+            chunk_interval=settings.chunk_interval_ms / 1000,
+            metrics=settings.metrics_push_url is not None,
+            mark=timeline.mark,
+            warn=_warn,
+        )
+    except BootError:
+        if supply.weights is not None:
+            supply.weights.result()  # a damaged file is the better reason
+        raise
     for name, spare in spares.items():
         timeline.beside[name] = spare.result()
         timeline.mark(name)
+    if supply.weights is not None:
+        supply = _verified(supply, supply.weights, engine, timeline)
     return Booted(engine, settings, timeline, manifest, supply, shared, cached)
+
+
+def _verified(supply: Supply, weights: WeightsCheck, engine: Engine, timeline: Timeline) -> Supply:
+    """Wait for the check of the weights; an engine that has loaded others than the manifest's is stopped."""
+    try:
+        reading = weights.result()
+    except BootError:
+        engine.close()
+        raise
+    timeline.beside["read_snapshot"] = reading.seconds
+    timeline.mark("verify_weights")
+    return replace(supply, reading=reading, weights=None)
 
 
 def _caches(settings: Settings, environ: MutableMapping[str, str], search: sources.Search) -> Caches | None:
@@ -157,6 +185,15 @@ def _caches(settings: Settings, environ: MutableMapping[str, str], search: sourc
 
     search.announced.add_done_callback(ask)
     return shared
+
+
+def _gpus(environ: Mapping[str, str], engine_args: Mapping[str, Any]) -> int:
+    """Return on how many GPUs the engine is to run; a wrong value counts as 1, vLLM's parser will say it."""
+    sizes = [
+        str(environ.get(name.upper(), "").strip() or engine_args.get(name) or 1)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size")
+    ]
+    return math.prod(int(size) if size.isdecimal() else 1 for size in sizes)
 
 
 def _offline(settings: Settings, *, offline: bool) -> dict[str, str]:

@@ -8,30 +8,48 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 from coldsnap.errors import Unfit
+from coldsnap.foundation.memory import available_memory
 
 _LEAST_DISK = 100 << 20
 """Bytes free for temporary files; a ledger that cannot be written ends no worker."""
 _LEAST_MEMORY = 1 << 30
 """Bytes of host memory for Python, vLLM and its processes; on a CPU the weights come on top."""
+_LEAST_SHARED = 256 << 20
+"""Bytes of /dev/shm for each GPU beyond the first: vLLM's queue to its workers has ten messages of 24 MiB."""
+_LEAST_FILES, _WISHED_FILES = 1024, 65_535
+"""Open files: a socket for each job's posts and requests. vLLM's server asks for the larger number too."""
 _GIGA = 1e9
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
 
 
 def check(
-    *, weights: int, gpu: bool, scratch: Path, any_driver: bool = False, nvml: Any = None, proc: Path = Path("/proc")
+    *,
+    weights: int,
+    gpu: bool,
+    scratch: Path,
+    gpus: int = 1,
+    any_driver: bool = False,
+    nvml: Any = None,
+    proc: Path = Path("/proc"),
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    shared: Path = Path("/dev/shm"),  # noqa: S108 -- where POSIX has it
 ) -> None:
     """Raise `Unfit`, which names the check and what would help, if the engine could not run here.
 
-    `weights` is the snapshot's size in bytes, `gpu` whether this vLLM needs one, `any_driver` whether the image has
-    CUDA's forward compatibility; `nvml` stands in for pynvml.
+    `weights` is the snapshot's size in bytes, `gpu` whether this vLLM needs one and `gpus` how many, `any_driver`
+    whether the image has CUDA's forward compatibility; `nvml` stands in for pynvml.
     """
     _disk(scratch)
-    _memory(proc, _LEAST_MEMORY + (0 if gpu else weights))
+    _memory(available_memory(proc, cgroups), _LEAST_MEMORY + (0 if gpu else weights))
+    _open_files()
+    if gpus > 1:
+        _shared_memory(shared, gpus)
     if gpu:
         _gpus(nvml or importlib.import_module("pynvml"), weights, None if any_driver else _runtime())
 
@@ -47,14 +65,36 @@ def _disk(scratch: Path) -> None:
         )
 
 
-def _memory(proc: Path, needed: int) -> None:
-    fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
+def _memory(free: int, needed: int) -> None:
     if free < needed:
         raise Unfit(
             "memory",
-            f"{free / _GIGA:.2f} GB of host memory are available, the engine needs {needed / _GIGA:.2f}: "
-            "choose a larger worker, or end what else runs on this machine",
+            f"{free / _GIGA:.2f} GB of host memory are available to this container, the engine needs "
+            f"{needed / _GIGA:.2f}: choose a larger worker, or end what else runs on this machine",
+        )
+
+
+def _open_files() -> None:
+    """Raise the soft limit of open files as far as the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _WISHED_FILES if hard == resource.RLIM_INFINITY else min(hard, _WISHED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < _LEAST_FILES:
+        raise Unfit(
+            "open_files",
+            f"this process may open {most} files at once, the worker needs {_LEAST_FILES}: start the container with "
+            f"--ulimit nofile={_WISHED_FILES}",
+        )
+
+
+def _shared_memory(shared: Path, gpus: int) -> None:
+    free, needed = shutil.disk_usage(shared).free if shared.is_dir() else 0, (gpus - 1) * _LEAST_SHARED
+    if free < needed:
+        raise Unfit(
+            "shared_memory",
+            f"{shared} has {free / _GIGA:.2f} GB free, an engine on {gpus} GPUs needs {needed / _GIGA:.2f}: start the "
+            "container with --shm-size=8g or --ipc=host",
         )
 
 

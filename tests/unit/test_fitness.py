@@ -85,6 +85,45 @@ def test_too_little_memory(proc: Path) -> None:
     fitness.check(weights=16 << 30, gpu=True, scratch=proc, nvml=FakeNvml(), proc=proc)
 
 
+def test_a_containers_limit_counts_not_the_hosts(proc: Path, tmp_path: Path) -> None:
+    (proc / "self").mkdir()
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    for name, content in {"memory.max": f"{2 << 30}", "memory.current": f"{3 << 29}", "memory.stat": "file 0"}.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(Unfit, match=r"memory: 0\.54 GB of host memory are available to this container"):
+        fitness.check(weights=0, gpu=False, scratch=proc, proc=proc, cgroups=tmp_path)
+
+
+def test_several_gpus_need_shared_memory(proc: Path) -> None:
+    nvml = FakeNvml(free=[80 << 30] * 2)
+    with pytest.raises(
+        Unfit, match=r"shared_memory: .*/none has 0\.00 GB free, an engine on 2 GPUs needs 0\.27: .*--shm-size"
+    ):
+        fitness.check(weights=1, gpu=True, gpus=2, scratch=proc, nvml=nvml, proc=proc, shared=proc / "none")
+    fitness.check(weights=1, gpu=True, gpus=1, scratch=proc, nvml=nvml, proc=proc, shared=proc / "none")
+
+
+@pytest.mark.parametrize(("hard", "left"), [(512, None), (4096, 4096), (1_000_000, 65_535)])
+def test_open_files_are_raised_as_far_as_they_may_or_refused(hard: int, left: int | None) -> None:
+    code = f"""
+import resource
+from coldsnap import errors, fitness
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
+try:
+    fitness._open_files()
+except errors.Unfit as error:
+    print(error.message)
+else:
+    print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    environ = {"PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environ, check=False, capture_output=True, text=True)
+    if "not allowed to raise" in ended.stderr:
+        pytest.skip("this user may not have so many open files")
+    said = "open_files: this process may open 512 files at once, the worker needs 1024: "
+    assert ended.stdout.strip().startswith(said if left is None else str(left))
+
+
 def test_a_full_disk(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitness, "_LEAST_DISK", 1 << 62)
     error = complaint(proc)

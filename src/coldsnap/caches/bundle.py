@@ -42,6 +42,8 @@ MOST_BYTES = 1 << 30
 _MOST_UNPACKED = 4 * MOST_BYTES
 _LEFT_OUT = frozenset({"locks", "precompiled_headers"})
 """Folders of no use without the process that made them, or without a compiler."""
+_NATIVE = (".so", ".o")
+"""Machine code. Inductor's is made for the processor that ran the compiler; Triton's and FlashInfer's for any."""
 _OURS = ".coldsnap-"
 _FORMAT = 1
 _DIGEST_BYTES = 32
@@ -115,8 +117,12 @@ class Unpacked:
     new: int
 
 
-def entries(roots: Mapping[str, Path]) -> list[Entry]:
-    """Return the files of the caches, but for those that may still be written to."""
+def entries(roots: Mapping[str, Path], *, any_processor: bool = False) -> list[Entry]:
+    """Return the files of the caches, but for those that may still be written to.
+
+    With `any_processor` what Inductor compiled for the processor of this machine is left out: on a GPU that is little,
+    and a bundle without it fits every machine with the same GPU.
+    """
     settled = time.time() - SETTLED_SECONDS
     files = []
     for root, folders in ROOTS.items():
@@ -124,18 +130,22 @@ def entries(roots: Mapping[str, Path]) -> list[Entry]:
             continue
         for start in ("",) if folders is None else folders:
             for path, stat in _walk(roots[root] / start):
-                if stat.st_mtime < settled:
-                    name = f"{root}/{path.relative_to(roots[root]).as_posix()}"
+                name = f"{root}/{path.relative_to(roots[root]).as_posix()}"
+                if stat.st_mtime < settled and not (any_processor and _is_native(name)):
                     files.append(Entry(name, stat.st_size, stat.st_mtime_ns))
     return sorted(files, key=lambda entry: entry.name)
 
 
 def pack(
-    roots: Mapping[str, Path], header: Callable[[tuple[Entry, ...]], Header], *, most_bytes: int = MOST_BYTES
+    roots: Mapping[str, Path],
+    header: Callable[[tuple[Entry, ...]], Header],
+    *,
+    most_bytes: int = MOST_BYTES,
+    any_processor: bool = False,
 ) -> bytes:
     """Return a bundle of what is in the caches. Raises `CacheError` if it is too large or a file cannot be read."""
     zstd = _zstd()
-    chosen = [entry for entry in entries(roots) if _is_safe(entry.name)]
+    chosen = [entry for entry in entries(roots, any_processor=any_processor) if _is_safe(entry.name)]
     if sum(entry.size for entry in chosen) > 4 * most_bytes:
         raise CacheError(f"the caches hold more than {4 * most_bytes} bytes; a bundle takes no more")
     packed, body = [], io.BytesIO()
@@ -206,6 +216,12 @@ def _is_safe(name: str) -> bool:
         return False
     folders = ROOTS[root]
     return ".." not in rest and (folders is None or (rest[0] in folders and len(rest) > 1))
+
+
+def _is_native(name: str) -> bool:
+    """Return whether a cache's file holds code that a compiler made for this machine's processor."""
+    path = PurePosixPath(name)
+    return path.suffix in _NATIVE and path.parts[0] in {"vllm", "inductor"} and "triton" not in path.parts
 
 
 def _path(name: str, roots: Mapping[str, Path]) -> Path:

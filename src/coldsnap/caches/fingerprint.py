@@ -32,6 +32,13 @@ _OF_NO_EFFECT = re.compile(
 )
 """Secrets, a worker's own, logging; the caches' places are a factor of their own."""
 _SHORT = 12
+_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("v4", frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})),
+    ("v3", frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})),
+    ("v2", frozenset({"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"})),
+)
+"""x86-64's levels by the kernel's names of instruction sets, the highest first (x86-64 psABI, section 3.1.1). Each has
+those below it too."""
 
 
 def of_settings(
@@ -63,6 +70,8 @@ def of_settings(
 def of_machine(*, gpu: bool, nvml: Any = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     """Return the factors that the machine and its environment decide; `nvml` stands in for pynvml.
 
+    With a GPU the processor counts by its x86-64 level and the driver by CUDA's major version, so that a fleet of
+    like GPUs shares its bundles; what a compiler makes for this very processor is in none of them (`bundle.entries`).
     No CUDA is initialised. Raises `CacheError` where `gpu` says that there is one and the driver knows of none.
     """
     versions = {}
@@ -72,7 +81,7 @@ def of_machine(*, gpu: bool, nvml: Any = None, cpuinfo: Path = Path("/proc/cpuin
     vllm = find_spec("vllm")
     factors = {
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "processor": f"{platform.machine()} {_digest(_flags(cpuinfo))}",
+        "processor": f"{platform.machine()} {_level(_flags(cpuinfo)) if gpu else _digest(_flags(cpuinfo))}",
         "vllm's folder": str(vllm.origin) if vllm else "none",
         **versions,
     }
@@ -115,6 +124,13 @@ def _flags(cpuinfo: Path) -> dict[str, str]:
     return {}
 
 
+def _level(flags: Mapping[str, str]) -> str:
+    """Return the x86-64 level of a processor with these instruction sets."""
+    has = [name for name, needed in reversed(_LEVELS) if needed <= flags.keys()]
+    whole = [name for number, name in enumerate(has) if name == f"v{number + 2}"]  # none without those below it
+    return whole[-1] if whole else "v1"
+
+
 def _gpus(nvml: Any) -> dict[str, str]:
     try:
         nvml.nvmlInit()
@@ -129,7 +145,7 @@ def _gpus(nvml: Any) -> dict[str, str]:
     kinds = sorted({f"{name} {major}.{minor}" for name, major, minor in each})
     return {
         "gpu": f"{len(each)} x {' and '.join(kinds)}",
-        "driver's CUDA": f"{supported // 1000}.{supported % 1000 // 10}",
+        "driver's CUDA": str(supported // 1000),
     }
 
 

@@ -90,14 +90,15 @@ def store_bundle(
         if not request["replace"] and store.has(_file(name)):
             return answer | {"state": "there"}
         since = request["since"]
-        there = bundle.entries(roots)
+        any_processor = "gpu" in factors
+        there = bundle.entries(roots, any_processor=any_processor)
         if not [entry for entry in there if since is None or entry.mtime_ns > since * 1e9]:
             return answer | {"state": "there"}
 
         def header(files: tuple[Entry, ...]) -> Header:
             return Header(name, factors, files, request["saves_seconds"], request["generation"])
 
-        content = bundle.pack(roots, header, most_bytes=most_bytes)
+        content = bundle.pack(roots, header, most_bytes=most_bytes, any_processor=any_processor)
         written = store.write(_file(name), content, replace=request["replace"])
     except (CacheError, S3Error, OSError) as error:
         return answer | {"state": "failed", "because": str(error)}

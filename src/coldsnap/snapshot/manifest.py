@@ -6,12 +6,8 @@ folder against it with `verify`. Nothing here knows what the files mean: that is
 
 from __future__ import annotations
 
-import os
 import re
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
@@ -30,11 +26,10 @@ from pydantic import (
 )
 
 from coldsnap.errors import SnapshotError
+from coldsnap.snapshot.digest import Digests, Reading, digests
 
 MANIFEST = "coldsnap.json"
 SCHEMA_VERSION = 1
-_READ_BYTES = 8 << 20
-_FILES_AT_ONCE = 4
 
 Verify = Literal["full", "size"]
 
@@ -137,15 +132,6 @@ class Manifest(_Frozen):
         return sum(entry.size for entry in self.files.values())
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a full check read. `disk_bytes` of the `bytes` were not in the page cache; None if the kernel hides it."""
-
-    bytes: int
-    disk_bytes: int | None
-    seconds: float
-
-
 def write_manifest(
     folder: Path,
     *,
@@ -162,10 +148,9 @@ def write_manifest(
     """
     temporary = folder / f".{MANIFEST}.partial"
     temporary.unlink(missing_ok=True)  # of a bake that was interrupted
-    files = {
-        name: FileEntry(size=(folder / name).stat().st_size, blake3=_digest(folder / name)[0])
-        for name in sorted(_listing(folder))
-    }
+    names = sorted(_listing(folder))
+    content = digests(folder, names).of
+    files = {name: FileEntry(size=(folder / name).stat().st_size, blake3=content[name]) for name in names}
     manifest = Manifest(
         created=datetime.now(UTC).replace(microsecond=0),
         served_model_name=served_model_name,
@@ -220,29 +205,35 @@ def verify(folder: Path, manifest: Manifest, mode: Verify = "full") -> Reading |
     digest compared; the read also fills the page cache, from which the engine then loads the weights. How that
     read went is returned.
     """
-    sizes = _listing(folder)
+    check_sizes(folder, manifest)
+    if mode == "size":
+        return None
+    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+    content = digests(folder, largest_first)
+    compare(folder, manifest, content)
+    return content.reading
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise `SnapshotError` unless the folder has the files of the manifest, in their sizes, and no others."""
+    present = _listing(folder)
     for name, entry in sorted(manifest.files.items()):
-        if name not in sizes or not (folder / name).is_file():  # a link may lead nowhere
+        if name not in present or not (folder / name).is_file():  # a link may lead nowhere
             raise SnapshotError(f"snapshot {folder}: {name}: expected a file of {entry.size} bytes, found none")
         size = (folder / name).stat().st_size
         if size != entry.size:
             raise SnapshotError(f"snapshot {folder}: {name}: expected {entry.size} bytes, found {size}")
-    if extra := sorted(sizes - manifest.files.keys()):
+    if extra := sorted(present - manifest.files.keys()):
         raise SnapshotError(
             f"snapshot {folder}: {extra[0]}: expected no such file, found one that the manifest does not list"
         )
-    if mode == "size":
-        return None
-    begun = time.monotonic()
-    largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
-    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="verify") as pool:
-        read = dict(zip(largest_first, pool.map(lambda name: _digest(folder / name), largest_first), strict=True))
-    seconds = time.monotonic() - begun
-    for name, entry in sorted(manifest.files.items()):
-        if (digest := read[name][0]) != entry.blake3:
-            raise SnapshotError(f"snapshot {folder}: {name}: expected BLAKE3 {entry.blake3}, found {digest}")
-    from_disk = [disk for _, disk in read.values() if disk is not None]
-    return Reading(manifest.size, sum(from_disk) if len(from_disk) == len(read) else None, seconds)
+
+
+def compare(folder: Path, manifest: Manifest, content: Digests) -> None:
+    """Raise `SnapshotError`, naming the file and both digests, if one of these files is not the manifest's."""
+    for name, digest in sorted(content.of.items()):
+        if digest != (expected := manifest.files[name].blake3):
+            raise SnapshotError(f"snapshot {folder}: {name}: expected BLAKE3 {expected}, found {digest}")
 
 
 def _listing(folder: Path) -> set[str]:
@@ -253,29 +244,3 @@ def _listing(folder: Path) -> set[str]:
         for path in folder.rglob("*")
         if path.is_symlink() or not path.is_dir()  # a linked folder counts: what it holds is not looked at
     } - {MANIFEST}
-
-
-def _digest(path: Path) -> tuple[str, int | None]:
-    """Return the file's digest and how many bytes the disk delivered for it."""
-    hasher, before = blake3(), _from_disk()
-    buffer = memoryview(bytearray(_READ_BYTES))
-    try:
-        with path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-    except OSError as error:
-        raise SnapshotError(
-            f"snapshot {path.parent}: {path.name}: expected a readable file, found: {error.strerror}"
-        ) from error
-    after = _from_disk()
-    return hasher.hexdigest(), None if before is None or after is None else after - before
-
-
-def _from_disk() -> int | None:
-    """Return the bytes that this thread has had fetched from storage so far (proc(5), /proc/pid/io), if it may know."""
-    try:
-        lines = Path("/proc/thread-self/io").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)

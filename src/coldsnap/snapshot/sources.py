@@ -21,7 +21,9 @@ from coldsnap.records.schema import SourceKind
 from coldsnap.settings import Settings
 from coldsnap.snapshot import manifest as snapshot
 from coldsnap.snapshot import pull
-from coldsnap.snapshot.manifest import MANIFEST, Manifest, Reading
+from coldsnap.snapshot.digest import Reading
+from coldsnap.snapshot.manifest import MANIFEST, Manifest
+from coldsnap.snapshot.weights import WeightsCheck, is_large
 
 _STORE = "coldsnap"
 _HUB_CACHE = Path("huggingface-cache", "hub")
@@ -43,6 +45,8 @@ class Supply:
     fetched_bytes: int | None = 0
     fetch_seconds: float | None = None
     reading: Reading | None = None
+    weights: WeightsCheck | None = None
+    """The check of the weights, which goes on beside the engine's start; None if nothing is left to check."""
     beside: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -109,8 +113,11 @@ def _here(source: SourceKind, folder: Path, settings: Settings) -> Search:
     return search
 
 
-def _checked(source: SourceKind, folder: Path, manifest: Manifest, settings: Settings) -> Supply:
+def _checked(source: SourceKind, folder: Path, manifest: Manifest, settings: Settings, remedy: str = "") -> Supply:
     begun = time.monotonic()
+    if settings.snapshot_verify == "full" and is_large(manifest):
+        check = WeightsCheck(folder, manifest, remedy)
+        return Supply(source, folder, manifest, verified=True, weights=check)
     reading = snapshot.verify(folder, manifest, settings.snapshot_verify)
     beside = {"read_snapshot": time.monotonic() - begun}
     return Supply(source, folder, manifest, verified=reading is not None, reading=reading, beside=beside)
@@ -144,10 +151,11 @@ def _from_bucket(
     source, folder = place_of_digest
     if not announced.done():
         announced.set_result(Supply(source, folder, manifest))
+    remedy = f"; delete {folder} and it is fetched again"
     try:
-        supply = _checked(source, folder, manifest, settings)
+        supply = _checked(source, folder, manifest, settings, remedy)
     except SnapshotError as error:
-        raise SnapshotError(f"{error.message}; delete {folder} and it is fetched again") from error
+        raise SnapshotError(f"{error.message}{remedy}") from error
     return replace(supply, beside={**beside, **supply.beside})
 
 

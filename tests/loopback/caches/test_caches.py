@@ -136,6 +136,17 @@ class TestBundle:
         os.mkfifo(folders["triton"] / "pipe")
         assert {entry.name for entry in bundle.entries(folders)} == FILES.keys()
 
+    def test_a_gpus_bundle_has_nothing_that_was_compiled_for_this_processor(self, folders: dict[str, Path]) -> None:
+        native = {"vllm/torch_compile_cache/abc/inductor_cache/cm/c.main.so": b"\x7fELF"}
+        anywhere = {
+            "vllm/torch_compile_cache/abc/inductor_cache/triton/0/X/launcher.so": b"\x7fELF",
+            "flashinfer/0.6/90a/decode.so": b"\x7fELF",
+        }
+        write(folders, native | anywhere)
+        assert {entry.name for entry in bundle.entries(folders)} == FILES.keys() | native.keys() | anywhere.keys()
+        chosen = bundle.entries(folders, any_processor=True)
+        assert {entry.name for entry in chosen} == FILES.keys() | anywhere.keys()
+
     @pytest.mark.parametrize("where", [0, 20, 300, -1, -20, -33, -200])
     def test_a_flipped_bit_anywhere_is_refused_and_nothing_unpacked(self, folders: dict[str, Path], where: int) -> None:
         content = bytearray(packed(folders))

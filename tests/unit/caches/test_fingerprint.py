@@ -91,12 +91,34 @@ def test_the_machine_is_its_gpus_driver_processor_and_versions(tmp_path: Path) -
     nvml = FakeNvml(free=[80 << 30] * 2, cuda=13010)
     found = machine(tmp_path, nvml)
     assert found["gpu"] == "2 x NVIDIA H100 80GB HBM3 9.0"
-    assert found["driver's CUDA"] == "13.1"
+    assert found["driver's CUDA"] == "13"
     assert {"python", "processor", "torch", "vllm's folder"} <= found.keys()
     assert nvml.open == 0
     assert machine(tmp_path).keys() == found.keys() - {"gpu", "driver's CUDA"}
     assert machine(tmp_path, flags="avx2 fpu") == machine(tmp_path)
     assert machine(tmp_path, flags="fpu avx2 avx512f") != machine(tmp_path)
+
+
+V2 = "fpu cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"
+V3 = f"{V2} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
+
+
+def test_hosts_of_one_level_and_drivers_of_one_major_version_share_a_gpus_bundles(tmp_path: Path) -> None:
+    one = machine(tmp_path, FakeNvml(cuda=13000), V3)
+    assert one == machine(tmp_path, FakeNvml(cuda=13020), f"{V3} vaes sha_ni")
+    assert one["processor"].endswith(" v3")
+    for flags in (V2, f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"):
+        assert machine(tmp_path, FakeNvml(cuda=13000), flags) != one
+    assert machine(tmp_path, FakeNvml(cuda=12090), V3) != one
+    assert machine(tmp_path, flags=V3) != machine(tmp_path, flags=f"{V3} vaes")  # compiled code is for this one
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [("fpu", "v1"), ("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave", "v1"), (V2, "v2"), (V3, "v3")],
+)
+def test_a_level_has_those_below_it(tmp_path: Path, flags: str, level: str) -> None:
+    assert machine(tmp_path, FakeNvml(), flags)["processor"].split()[1] == level
 
 
 def test_a_driver_that_does_not_answer_is_said(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class TestFiles:
         assert complaint(folder) == f"{name}: expected BLAKE3 {expected}, found {found}"
 
     def test_the_last_of_many_reads_is_hashed_too(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("coldsnap.snapshot.manifest._READ_BYTES", 1000)
+        monkeypatch.setattr("coldsnap.snapshot.digest._READ_BYTES", 1000)
         verify(folder, load_manifest(folder))
         flip(folder / "model-00001-of-00002.safetensors", -1)
         assert "expected BLAKE3" in complaint(folder)

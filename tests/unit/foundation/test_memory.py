@@ -1,0 +1,57 @@
+"""How much memory is left: the host's figure, and the limits of the cgroups above a process, of both versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coldsnap.foundation.memory import available_memory
+
+GIB = 1 << 30
+MEMINFO = f"MemTotal: 99999999 kB\nMemAvailable: {16 * GIB // 1024} kB\n"
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text(MEMINFO)
+    return tmp_path / "proc"
+
+
+def cgroup(folder: Path, limit: str, usage: int, cache: int, *, version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{'file' if version == 2 else 'total_cache'} {cache}\n")
+
+
+def test_without_cgroups_it_is_the_hosts(proc: Path, tmp_path: Path) -> None:
+    assert available_memory(proc, tmp_path) == 16 * GIB
+
+
+def test_a_containers_limit_counts_and_its_page_cache_does_not(proc: Path, tmp_path: Path) -> None:
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    cgroup(tmp_path / "cg", str(8 * GIB), 5 * GIB, 3 * GIB)
+    assert available_memory(proc, tmp_path / "cg") == 6 * GIB
+
+
+def test_the_tightest_of_the_groups_above_counts(proc: Path, tmp_path: Path) -> None:
+    (proc / "self" / "cgroup").write_text("0::/pods/one/worker\n")
+    cgroup(tmp_path / "cg" / "pods" / "one" / "worker", "max", GIB, 0)
+    cgroup(tmp_path / "cg" / "pods" / "one", str(4 * GIB), 3 * GIB, GIB)
+    cgroup(tmp_path / "cg" / "pods", str(64 * GIB), 3 * GIB, 0)
+    assert available_memory(proc, tmp_path / "cg") == 2 * GIB
+
+
+def test_version_1_inside_a_container_whose_path_is_not_mounted(proc: Path, tmp_path: Path) -> None:
+    (proc / "self" / "cgroup").write_text("5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n")
+    cgroup(tmp_path / "cg" / "memory", str(2 * GIB), GIB, 0, version=1)
+    assert available_memory(proc, tmp_path / "cg") == GIB
+
+
+def test_more_used_than_allowed_is_none_left(proc: Path, tmp_path: Path) -> None:
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    cgroup(tmp_path / "cg", str(GIB), 2 * GIB, 0)
+    assert available_memory(proc, tmp_path / "cg") == 0
