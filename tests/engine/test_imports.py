@@ -1,4 +1,4 @@
-"""What a boot leaves out of its imports, and that it is there for whoever needs it."""
+"""What the imports of a boot are spared."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 
 from .worker import ROOT
 
-LOAD = """
-import json, os, sys
+SEARCHED = """
+import json, os
 from coldsnap.vllm import engine as vllm_engine, release as vllm_release
-os.environ.update(vllm_release.environment(os.environ, {"enforce_eager": EAGER}))
-finders = list(sys.meta_path)
+os.environ.update(vllm_release.environment(os.environ, {"enforce_eager": True}))
+import sys, importlib.metadata
+finders, search = list(sys.meta_path), importlib.metadata.packages_distributions
 vllm_engine.load(os.environ)
-found = {"imported": "torch._inductor.lowering" in sys.modules}
-import torch._inductor.lowering as lowering
-found["usable"] = callable(lowering.make_fallback)
-found["patched"] = getattr(lowering.FALLBACK_ALLOW_LIST, "_vllm_patched", False)
-found["left"] = [str(finder) for finder in sys.meta_path if "Refusal" in str(finder)]
-print(json.dumps(found))
+from transformers.utils import import_utils
+models = os.path.join(os.path.dirname(os.path.dirname(import_utils.__file__)), "models")
+print(json.dumps({
+    "remembers": import_utils.create_import_structure_from_path.__module__,
+    "left": [str(finder) for finder in sys.meta_path if "coldsnap" in str(finder)],
+    "as before": importlib.metadata.packages_distributions is search,
+    "classes": len(import_utils.define_import_structure(models)),
+}))
 """
 SDK = """
 import json, sys
@@ -42,14 +45,11 @@ def run(code: str, home: Path) -> dict[str, Any]:
     return found
 
 
-def test_an_eager_engine_has_no_inductor_until_somebody_imports_it(home: Path) -> None:
-    found = run(LOAD.replace("EAGER", "True"), home)
-    assert found == {"imported": False, "usable": True, "patched": False, "left": []}
-
-
-def test_an_engine_that_compiles_has_it_with_vllms_patch(home: Path) -> None:
-    found = run(LOAD.replace("EAGER", "False"), home)
-    assert found == {"imported": True, "usable": True, "patched": True, "left": []}
+def test_what_an_import_searches_for_is_remembered_and_the_same(home: Path) -> None:
+    first, second = run(SEARCHED, home), run(SEARCHED, home)
+    assert first == second
+    assert first["classes"] > 100
+    assert (first["remembers"], first["left"], first["as before"]) == ("coldsnap.vllm.remembered", [], True)
 
 
 def test_the_sdk_is_imported_without_a_look_at_the_processor(home: Path) -> None:

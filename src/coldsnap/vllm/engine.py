@@ -25,7 +25,7 @@ from coldsnap import processes
 from coldsnap.cost import step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import ColdsnapError, EngineBootError, EngineDead, InvalidInput, SettingsError, Unavailable
-from coldsnap.vllm import arguments, asgi, calls, deferred, imports, translation
+from coldsnap.vllm import arguments, asgi, calls, remembered, translation
 from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.calls import MeteredLLM
 from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
@@ -49,9 +49,7 @@ def load(environ: Mapping[str, str]) -> None:
     gc.disable()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # about torch, to vLLM's authors
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
-    with deferred.put_off(environ):
-        with deferred.without_lowering(environ):
-            importlib.import_module("vllm")
+    with remembered.searches(environ):
         from vllm.v1.engine import async_llm  # noqa: F401
 
         # It warns of any scheduler_cls. Ours derives from the one that vLLM would pick, so nothing is lost.
@@ -86,8 +84,7 @@ def _register_models(folder: Path) -> None:
 
 
 def load_http() -> None:
-    """Import what the HTTP application needs, so that building it takes a moment only, and all that was put off."""
-    imports.settle()
+    """Import what the HTTP application needs, so that building it takes a moment only."""
     _builders()
 
 

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.metadata
 import marshal
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from coldsnap.vllm import release
+
+_TRANSFORMERS = "transformers.utils.import_utils"
+
+
+@contextlib.contextmanager
+def searches(environ: Mapping[str, str]) -> Iterator[None]:
+    """Answer from memory what an import of vLLM searches the whole environment for."""
+    kept = Remembered(release.cache_folders(environ)["vllm"].with_name("coldsnap") / "imports", environment_key())
+    search = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = lambda: kept.answer("packages_distributions", search)
+    mending = _Mending(_TRANSFORMERS, lambda module: _remember(module, kept))
+    sys.meta_path.insert(0, mending)
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = search
+        sys.meta_path.remove(mending)
+    kept.keep()
 
 
 def environment_key() -> str:
@@ -49,3 +73,36 @@ class Remembered:
             part = self._file.with_suffix(f".{os.getpid()}")
             part.write_bytes(marshal.dumps((self._key, self._answers)))
             part.replace(self._file)
+
+
+def _remember(module: Any, kept: Remembered) -> None:
+    """Spare transformers its look at the source of its 3,000 files, twice, for which class is where."""
+    search = module.create_import_structure_from_path
+
+    def remembering(path: Any) -> Any:
+        folder = Path(path).parent if Path(path).is_file() else Path(path)
+        return kept.answer(str(folder), lambda: search(folder)) if folder.name == "models" else search(path)
+
+    module.create_import_structure_from_path = remembering
+
+
+class _Mending(importlib.abc.MetaPathFinder):
+    """Calls `mend` with one module as soon as it is imported, before anybody has a name out of it."""
+
+    def __init__(self, module: str, mend: Callable[[ModuleType], None]) -> None:
+        self._module = module
+        self._mend = mend
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        del target
+        spec = PathFinder.find_spec(name, path) if name == self._module else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self._mend(module)
+
+            vars(spec.loader)["exec_module"] = exec_module
+        return spec

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coldsnap.vllm import remembered
 from coldsnap.vllm.remembered import Remembered, environment_key
 
 
@@ -66,3 +71,37 @@ def test_the_key_is_the_same_once_a_registry_has_cut_off_nanoseconds(
     before = environment_key()
     os.utime(folder, (1_700_000_000, 1_700_000_000))
     assert environment_key() == before
+
+
+IMPORT_UTILS = """
+SEARCHED = []
+def create_import_structure_from_path(path):
+    SEARCHED.append(str(path))
+    return {"llama": {frozenset(): {"LlamaConfig"}}}
+"""
+
+
+def test_two_imports_search_once_and_the_second_is_told_what_the_first_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, models = tmp_path / "searching", tmp_path / "models"
+    package.mkdir()
+    models.mkdir()
+    (package / "__init__.py").touch()
+    (package / "import_utils.py").write_text(IMPORT_UTILS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(remembered, "_TRANSFORMERS", "searching.import_utils")
+    finders, search = list(sys.meta_path), importlib.metadata.packages_distributions
+    searched = []
+    for _ in range(2):
+        with remembered.searches({"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}):
+            module: Any = importlib.import_module("searching.import_utils")
+            structure = module.create_import_structure_from_path(models)
+            distributions = importlib.metadata.packages_distributions()
+        assert structure == {"llama": {frozenset(): {"LlamaConfig"}}}
+        assert distributions == search()
+        assert module.create_import_structure_from_path(package) == structure
+        searched.append(module.SEARCHED)
+        del sys.modules["searching.import_utils"]
+    assert searched == [[str(models), str(package)], [str(package)]]
+    assert (sys.meta_path, importlib.metadata.packages_distributions) == (finders, search)
