@@ -81,7 +81,7 @@ async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> No
 
 async def test_no_job_is_taken_before_the_worker_is_ready(worker: Worker) -> None:
     first = worker.records()[0]
-    seen = await worker.plane.wait_for_worker(1)
+    seen = await worker.plane.wait_for_worker(60)
     assert seen.first_poll
     assert seen.first_poll > first["monotonic"]
 

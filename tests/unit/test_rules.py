@@ -317,3 +317,16 @@ class TestTree:
 
     def test_a_readme_without_a_tree_is_a_problem(self) -> None:
         assert len(problems("no tree", self.FILES)) == 1
+
+
+HURRIES = re.compile(
+    r"\.(?:timeout|result|started|wait|wait_for_worker|join|communicate)\((?:timeout=)?(?!0\))[1-5]?\d(?:\.\d+)?[,)]"
+    r"|assert .*(?:monotonic|perf_counter)\(\) - .*"
+)
+"""What a slow machine fails: a limit below a minute, and an assertion on how long something took."""
+
+
+@pytest.mark.parametrize("folder", ["engine", "loopback", "programs"])
+def test_no_test_hangs_on_the_machines_speed(folder: str) -> None:
+    found = {path.name: HURRIES.findall(path.read_text("utf-8")) for path in (ROOT / "tests" / folder).rglob("*.py")}
+    assert {name: hurries for name, hurries in found.items() if hurries} == {}

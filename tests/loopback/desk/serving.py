@@ -72,7 +72,7 @@ class Serve:
     def log(self) -> str:
         return (self.folder / "serve.log").read_text("utf-8")
 
-    async def says(self, pattern: str, within: float = 90.0) -> None:
+    async def says(self, pattern: str, within: float = 180.0) -> None:
         """Return when it has said so."""
         await until(lambda: re.search(pattern, self.log) is not None or self.process.returncode is not None, within)
         assert re.search(pattern, self.log), self.log

@@ -48,11 +48,11 @@ class Server:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     async def _serve(self) -> None:
@@ -441,7 +441,7 @@ def test_ctrl_c_shows_what_was_measured_so_far(server: Server, tmp_path: Path) -
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     summary = json.loads(found.read_text("utf-8"))["summary"]
     assert (summary["succeeded"], summary["failed"], summary["unfinished"]) == (7, 0, 2)

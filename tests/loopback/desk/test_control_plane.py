@@ -270,7 +270,7 @@ async def test_a_progress_update_does_not_end_the_job(plane: ControlPlane, tmp_p
 
 
 async def test_pings_and_polls_are_seen(plane: ControlPlane) -> None:
-    seen = await plane.wait_for_worker(1, "w1")
+    seen = await plane.wait_for_worker(60, "w1")
     await eventually(lambda: seen.pings > 0)
     assert seen.taken > 0
     assert seen.unhealthy is None
@@ -364,7 +364,7 @@ async def test_a_poll_whose_worker_went_away_takes_nothing() -> None:
         url = f"{plane.url}/v2/{plane.endpoint_id}/"
         async with aiohttp.ClientSession(url) as gone:
             poll = asyncio.create_task(take(gone))
-            await plane.wait_for_worker(5)
+            await plane.wait_for_worker(60)
             poll.cancel()
         await asyncio.sleep(0.1)
         job = plane.submit("kept")
