@@ -58,6 +58,7 @@ EXPECTED: dict[str, tuple[type[ColdsnapError], int]] = {
     "VLLMClientError": (InvalidInput, 400),
     "VLLMServerError": (JobError, 500),
     "VLLMValidationError": (InvalidInput, 400),
+    "ChatTemplateResolutionError": (InvalidInput, 400),
     "VLLMNotFoundError": (InvalidInput, 404),
     "LoRAAdapterNotFoundError": (InvalidInput, 404),
     "VLLMUnprocessableEntityError": (InvalidInput, 422),
@@ -70,6 +71,9 @@ EXPECTED: dict[str, tuple[type[ColdsnapError], int]] = {
     "EngineGenerateError": (JobError, 500),
     "EngineDeadError": (EngineDead, 500),
 }
+
+NEWER = {"ChatTemplateResolutionError"}
+"""Of 0.33.0, which the GPU lock has; the CPU build is older."""
 
 
 def vllms_exceptions() -> dict[str, type[Exception]]:
@@ -92,13 +96,16 @@ def made(kind: type[Exception]) -> Exception:
 
 
 def test_every_exception_of_vllm_is_expected_here() -> None:
-    assert vllms_exceptions().keys() == EXPECTED.keys()
+    assert EXPECTED.keys() - vllms_exceptions().keys() <= NEWER
+    assert vllms_exceptions().keys() <= EXPECTED.keys()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_exception_of_vllm_becomes_ours_with_the_status_that_vllm_gives_it(name: str) -> None:
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
+    if name in NEWER - vllms_exceptions().keys():
+        pytest.skip("this release has no such exception")
     error = made(vllms_exceptions()[name])
     ours = vllm_engine.translate(error)
     kind, status = EXPECTED[name]
@@ -228,8 +235,8 @@ def test_an_output_carries_what_the_meter_reads() -> None:
 
 EVERYTHING = ["--enable-scale-out", "--enable-fault-tolerance", "--enable-tokenizer-info-endpoint"]
 
-OPTIONAL = {"/cohere/v2/chat"}
-"""Routes that vLLM has only where a package is installed that it does not ask for."""
+OPTIONAL = {"/cohere/v2/chat", "/v1/decisions"}
+"""Routes that vLLM has only where a package is installed that it does not ask for, or from 0.33 on."""
 
 
 def applications(parser: Any) -> Iterator[Any]:

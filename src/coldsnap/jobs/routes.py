@@ -22,6 +22,7 @@ ALLOWED: Mapping[str, str] = {
     "/v1/messages/count_tokens": "POST",
     "/cohere/v2/chat": "POST",
     "/generative_scoring": "POST",
+    "/v1/decisions": "POST",
     "/v1/systemone": "POST",
     "/v1/embeddings": "POST",
     "/v2/embed": "POST",

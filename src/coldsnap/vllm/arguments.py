@@ -64,12 +64,12 @@ def parse(
     Raises `SettingsError` that names the variable, or the manifest's key, whose value is wrong.
     """
     actions = _actions(parser)
-    values: dict[str, tuple[argparse.Action, Any]] = {}
+    values: dict[str, tuple[str, Any]] = {}
     origins: dict[str, str] = {}
 
     def take(name: str, value: Any, origin: str) -> None:
         action = actions[name]
-        values[action.dest], origins[action.dest] = (action, value), origin
+        values[action.dest], origins[action.dest] = (name, value), origin
 
     for name, value in manifest.items():
         if name not in actions:
@@ -83,8 +83,8 @@ def parse(
     for name, value in fixed.items():
         take(name, value, name)
     argv: list[str] = []
-    for dest, (action, value) in values.items():
-        argv += _words(action, value, origins[dest])
+    for dest, (name, value) in values.items():
+        argv += _words(parser, name, actions[name], value, origins[dest])
 
     def fail(message: str) -> NoReturn:
         raise SettingsError(_by_origin(" ".join(message.split()), actions, origins))
@@ -125,23 +125,31 @@ def is_true(text: str) -> bool:
 
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {
-        option[2:].replace("-", "_"): action
+        _name(option): action
         for action in parser._actions  # noqa: SLF001 -- argparse has no public way to list its options
         for option in action.option_strings
         if option.startswith("--") and not option.startswith("--no-") and action.dest != "help"
     }
 
 
-def _words(action: argparse.Action, value: Any, origin: str) -> list[str]:
-    flag = next(option for option in action.option_strings if option.startswith("--"))
+def _name(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _words(parser: argparse.ArgumentParser, name: str, action: argparse.Action, value: Any, origin: str) -> list[str]:
+    flag = next(option for option in action.option_strings if _name(option) == name)
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         text = str(value).strip().lower()
         if text not in _TRUE | _FALSE:
             raise SettingsError(f"{origin}: expected true or false, found {value!r}")
         if text in _TRUE:
             return [flag]
-        negative = [option for option in action.option_strings if option.startswith("--no-")]
-        return negative[:1]
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            return []
+        # From 0.33 on --disable-x is the other side of --enable-x, and --no-enable-x is known but not listed.
+        no_flag = f"--no-{flag.removeprefix('--')}"
+        known = parser._option_string_actions  # noqa: SLF001 -- argparse has no public way to ask
+        return [no_flag if no_flag in known else action.option_strings[0]]
     if action.nargs in {"+", "*"}:
         items = [_word(item) for item in _items(value)]
         if dashed := next((item for item in items if item.startswith("-")), None):

@@ -75,7 +75,11 @@ def version() -> str:
 def argument_names() -> frozenset[str]:
     """Return the names of vLLM's engine arguments, out of its source: its parser is not there before the import."""
     source = Path(_package(), "engine", "arg_utils.py").read_text(encoding="utf-8")
-    return frozenset(name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source))
+    names = {name.replace("-", "_") for name in re.findall(r'"--([a-z][a-z0-9-]*)"', source)}
+    # From 0.33 on each --enable-x has a --disable-x, and the other way round.
+    other = {"enable": "disable", "disable": "enable"}
+    inverses = {re.sub(r"^(enable|disable)(?=_)", lambda side: other[side[0]], name) for name in names}
+    return frozenset(names | inverses)
 
 
 def fused_allreduce_sizes() -> dict[int, dict[int, float]]:

@@ -345,3 +345,32 @@ def test_the_names_of_worker_vllms_documentation_are_known(new_parser: Callable[
     name = arguments.ALIASES.get(variable, variable.lower())
     known = set(arguments._actions(new_parser())) - arguments._NOT_FROM_ENVIRONMENT
     assert name in known or variable not in Settings.others({variable: "x"})
+
+
+class Paired(argparse.BooleanOptionalAction):
+    """What vLLM 0.33 makes of a switch: --disable-x beside --enable-x, and a --no-enable-x that it does not list."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self.option_strings = [*self.option_strings, "--disable-x"]
+
+    def __call__(self, _parser: Any, namespace: Any, _values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string == "--enable-x")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("ENABLE_X", "true", True),
+        ("ENABLE_X", "false", False),
+        ("DISABLE_X", "true", False),
+        ("DISABLE_X", "false", True),
+    ],
+)
+def test_a_switch_that_has_two_names_is_thrown_by_either(variable: str, value: str, expected: bool) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    switch = parser.add_argument("--enable-x", action=Paired)
+    switch.option_strings = ["--enable-x", "--disable-x"]
+    parsed = arguments.parse(parser, fixed=FIXED, manifest={}, environ={variable: value})
+    assert parsed.namespace.enable_x is expected
