@@ -22,6 +22,7 @@ from coldsnap.settings import Settings
         ("NVIDIA RTX 6000 Ada Generation", 0.00053),
         ("NVIDIA RTX 4000 Ada Generation", 0.00016),
         ("NVIDIA RTX A4000", 0.00016),
+        ("NVIDIA RTX 2000 Ada Generation", 0.00016),
         ("NVIDIA RTX A5000", 0.00019),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 0.00111),
         ("NVIDIA A100-SXM4-80GB", 0.00076),
@@ -38,7 +39,19 @@ def test_known_gpus(gpu: str, usd: float) -> None:
     assert prices.DATE in price.origin
 
 
-@pytest.mark.parametrize("gpu", ["cpu", "NVIDIA GH200 480GB", "NVIDIA L40X", "NVIDIA A10", "NVIDIA A1000"])
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        "cpu",
+        "NVIDIA GH200 480GB",
+        "NVIDIA L40X",
+        "NVIDIA A10",
+        "NVIDIA A1000",
+        "NVIDIA GeForce RTX 5090",
+        "NVIDIA H100 80GB HBM3 MIG 1g.24gb",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition MIG 1g.24gb",
+    ],
+)
 def test_an_unknown_gpu_has_seconds_but_no_dollars_and_says_so(gpu: str) -> None:
     price = prices.of(gpu)
     assert price.per_second is None
@@ -57,7 +70,3 @@ def test_the_setting_comes_before_the_table() -> None:
 def test_a_price_that_is_no_number_ends_the_boot(value: str) -> None:
     with pytest.raises(SettingsError, match=r"^GPU_PRICE_PER_SECOND: .*found '?"):
         Settings.read({"GPU_PRICE_PER_SECOND": value})
-
-
-def test_active_workers_cost_less() -> None:
-    assert all(tariff.active is None or tariff.active < tariff.flex for tariff in prices.TABLE.values())

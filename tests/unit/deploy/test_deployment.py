@@ -181,6 +181,14 @@ class TestHub:
             assert read.model_name == preset["defaults"].get("MODEL_NAME")
             assert read.max_concurrency == Settings.read({}).max_concurrency
 
+    def test_it_allows_the_cuda_versions_that_run_the_image(self) -> None:
+        """A driver for any minor version of CUDA runs what was made for another of the same major version."""
+        lock = (ROOT / "requirements" / "gpu.lock").read_text("utf-8")
+        (major,) = re.findall(r"^nvidia-cuda-runtime==(\d+)\.\S+ ; .*platform_machine != 's390x'", lock, re.MULTILINE)
+        allowed = HUB["config"]["allowedCudaVersions"]
+        assert len(allowed) > 1
+        assert allowed == [f"{major}.{minor}" for minor in range(len(allowed))]
+
     def test_there_is_a_preset_for_every_image(self) -> None:
         assert [preset["name"] for preset in HUB["config"]["presets"]] == [
             name for name in BAKE_TARGETS if not name.startswith("_")

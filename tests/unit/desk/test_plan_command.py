@@ -159,8 +159,8 @@ class TestCalibration:
     @pytest.mark.parametrize(
         ("gpu", "recorded", "given", "expected"),
         [
-            ("NVIDIA H100 80GB HBM3", 0.00116, {}, (0.00116, 0.00093, "table of 2026-06-08")),
-            ("NVIDIA H100 80GB HBM3", None, {}, (0.00116, 0.00093, "table of 2026-06-08")),
+            ("NVIDIA H100 80GB HBM3", 0.00116, {}, (0.00116, 0.00116, "table of 2026-06-08")),
+            ("NVIDIA H100 80GB HBM3", None, {}, (0.00116, 0.00116, "table of 2026-06-08")),
             ("NVIDIA H100 80GB HBM3", 0.002, {}, (0.002, 0.002, "GPU_PRICE_PER_SECOND, in the ledger")),
             ("cpu", 0.002, {}, (0.002, 0.002, "GPU_PRICE_PER_SECOND, in the ledger")),
             ("cpu", None, {"flex": 0.5}, (0.5, 0.5, "as given")),
@@ -249,7 +249,7 @@ class TestCommand:
         said = capsys.readouterr().out
         assert "150 requests in" in said
         assert "Cold start: 22.5 s (20.5 to 27.5), from 3 boots in the ledger" in said
-        assert "$0.00116 a second flex, $0.000930 active, for each of 1 NVIDIA H100 80GB HBM3" in said
+        assert "$0.00116 a second flex, $0.00116 active, for each of 1 NVIDIA H100 80GB HBM3" in said
         assert re.search(r"^\s*→", said, re.MULTILINE)
         assert re.search(r"^\s*defaults", said, re.MULTILINE)
         assert f": {best['active']} active, " in said
@@ -272,7 +272,7 @@ class TestCommand:
         outcome = simulate(traffic, Choice(Scaling(1, 2, 7.0), 32), known.worker, 3)
         current = found["current"]
         assert current["ttft95"] == pytest.approx(float(np.percentile(outcome.ttft, 95)))
-        assert current["usd"] == pytest.approx(outcome.flex * 0.00116 + outcome.active * 0.00093)
+        assert current["usd"] == pytest.approx(outcome.flex * 0.00116 + outcome.active * 0.00116)
         assert current["boots"] == outcome.boots
 
     def test_more_active_workers_than_needed_are_cheap_only_where_they_work(

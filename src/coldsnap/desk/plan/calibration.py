@@ -232,13 +232,12 @@ def _first_job(requests: Iterable[Record], front: float) -> float:
 
 def _priced(gpu: str, recorded: float | None, flex: float | None, active: float | None) -> dict[str, Any]:
     """Return the two prices and where they are from. A price of the endpoint's own counts for both kinds."""
-    tariff = prices.tariff(gpu)
+    listed = prices.flex(gpu)
     if flex is not None or active is not None:
         first, second = flex if flex is not None else active, active if active is not None else flex
         return {"flex": first, "active": second, "price_origin": "as given"}
-    if tariff is not None and recorded in (None, tariff.flex):
-        second = tariff.active if tariff.active is not None else tariff.flex
-        return {"flex": tariff.flex, "active": second, "price_origin": f"table of {prices.DATE}"}
+    if listed is not None and recorded in (None, listed):
+        return {"flex": listed, "active": listed, "price_origin": f"table of {prices.DATE}"}
     if recorded is not None:
         return {"flex": recorded, "active": recorded, "price_origin": "GPU_PRICE_PER_SECOND, in the ledger"}
     return {"flex": None, "active": None, "price_origin": prices.of(gpu).origin}

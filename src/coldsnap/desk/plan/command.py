@@ -66,7 +66,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--flex-price", metavar="USD", help="a second of one GPU (default: the platform's, or the ledger's)"
     )
-    parser.add_argument("--active-price", metavar="USD", help="the same for active workers")
+    parser.add_argument(
+        "--active-price",
+        metavar="USD",
+        help="the same for active workers (default: as flex; the platform publishes none)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws the cold starts (default: 0)")
     parser.add_argument("--html", metavar="FILE", help="write the page with its plot there")
     parser.add_argument("--json", metavar="FILE", help="write every setting's figures there")
