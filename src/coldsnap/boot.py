@@ -29,7 +29,6 @@ from coldsnap.snapshot.manifest import Manifest
 from coldsnap.snapshot.sources import HUB, Supply
 from coldsnap.snapshot.weights import WeightsCheck
 from coldsnap.timeline import Timeline
-from coldsnap.vllm import arguments
 from coldsnap.vllm import engine as vllm_engine
 from coldsnap.vllm import release as vllm_release
 
@@ -105,7 +104,7 @@ def boot(
         "gpu": not vllm_release.is_cpu_build(),
         "gpus": _gpus(others, manifest.engine_args if manifest else {}),
     }
-    compatible = arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
+    compatible = vllm_release.moves_libraries(environ)
     fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
     for_vllm = vllm_release.environment(environ, manifest.engine_args if manifest else {})
     environ.update(for_vllm | _offline(settings, offline=search.offline))

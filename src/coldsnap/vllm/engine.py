@@ -155,7 +155,7 @@ def boot(
     mark("configure")
     # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
     # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
-    environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn" if vllm_release.moves_libraries(environ) else "fork"
     energy = _energy(config.parallel_config, warn)
     accounts = Accounts(Ledger(StepModel(*_sizes(config))), _unmetered(config), warn, energy=energy)
     if accounts.reader is not None:
@@ -175,7 +175,7 @@ def boot(
             accounts.reader.opened()
     if energy is not None:
         energy.start()
-    start_method = _start_method(warn)
+    start_method = _start_method(environ, warn)
     vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     info = _info(config, tuple(args.served_model_name or [model]), digest, start_method)
@@ -421,14 +421,17 @@ def _leave_cuda_alone(engine_args: Any) -> None:
     passes.fi_allreduce_fusion_max_size_mb = sizes.get(gpus)
 
 
-def _start_method(warn: Callable[[str], None]) -> Literal["fork", "spawn"]:
+def _start_method(environ: Mapping[str, str], warn: Callable[[str], None]) -> Literal["fork", "spawn"]:
     """Return how the engine's process was started: vLLM spawns where CUDA has begun, whatever it was asked for."""
     import torch
 
     kinds = {type(child) for child in multiprocessing.active_children()}
     if multiprocessing.get_context("spawn").Process not in kinds:
         return "fork"
-    because = "CUDA had begun in this process" if torch.cuda.is_initialized() else "vLLM's log says why"
+    if vllm_release.moves_libraries(environ):
+        because = "VLLM_ENABLE_CUDA_COMPATIBILITY changes LD_LIBRARY_PATH, which only a new program reads"
+    else:
+        because = "CUDA had begun in this process" if torch.cuda.is_initialized() else "vLLM's log says why"
     warn(f"the engine's process was spawned, which imports all of vLLM again, and not forked: {because}")
     return "spawn"
 

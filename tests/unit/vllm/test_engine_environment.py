@@ -74,3 +74,14 @@ def test_vllms_table_of_fused_allreduces_is_read_without_an_import_of_it() -> No
     sizes = vllm_release.fused_allreduce_sizes()
     assert sizes[90] == {2: 64, 4: 2, 8: 0.5}
     assert sizes[100].items() >= {2: 64, 4: 32, 8: 1}.items()
+
+
+@pytest.mark.parametrize(("value", "moves"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_a_driver_older_than_vllms_cuda_needs_a_program_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, value: str, moves: bool
+) -> None:
+    environ = {"VLLM_ENABLE_CUDA_COMPATIBILITY": value}
+    assert not vllm_release.moves_libraries(environ)  # a processor has no driver
+    monkeypatch.setattr(vllm_release, "is_cpu_build", lambda: False)
+    assert vllm_release.moves_libraries(environ) is moves
+    assert not vllm_release.moves_libraries({})
