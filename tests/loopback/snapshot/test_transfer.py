@@ -48,9 +48,16 @@ def weights() -> bytes:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, weights: bytes) -> Path:
-    bake(tmp_path / "snapshot", **{"model.safetensors": weights})
+def folder(tmp_path: Path) -> Path:
+    bake(tmp_path / "snapshot", **{"model.safetensors": os.urandom(10_000)})
     return tmp_path / "snapshot"
+
+
+@pytest.fixture
+def large(folder: Path, weights: bytes) -> Path:
+    """A snapshot that comes in parts, and goes in parts."""
+    bake(folder, **{"model.safetensors": weights})
+    return folder
 
 
 @pytest.fixture
@@ -102,24 +109,24 @@ def every_third(exchange: Exchange) -> Fault | None:
 
 class TestPush:
     def test_the_manifest_is_the_last_object_and_a_second_push_sends_no_file(
-        self, folder: Path, s3_place: Place, proxy: Proxy
+        self, large: Path, s3_place: Place, proxy: Proxy
     ) -> None:
         line = proxy(lambda _: None)
-        manifest = load_manifest(folder)
+        manifest = load_manifest(large)
         told: list[int] = []
-        pushed = push(folder, s3_place, on_bytes=told.append)
+        pushed = push(large, s3_place, on_bytes=told.append)
         assert pushed.manifest == manifest
         assert pushed.sent_bytes == sum({entry.blake3: entry.size for entry in manifest.files.values()}.values())
         assert sum(told) == manifest.size
         assert objects(s3_place) == {
-            MANIFEST: (folder / MANIFEST).stat().st_size,
+            MANIFEST: (large / MANIFEST).stat().st_size,
             **{f"blobs/{entry.blake3}": entry.size for entry in manifest.files.values()},
         }
         changes = [each.path for each in line.exchanges if each.method in {"PUT", "POST"}]
         assert changes[-1].endswith(MANIFEST)
         assert sum("partNumber" in path for path in changes) == -(-LARGE // (64 << 20))
         before = len(line.exchanges)
-        assert push(folder, s3_place).sent_bytes == 0
+        assert push(large, s3_place).sent_bytes == 0
         assert [each.path.rpartition("/")[2] for each in line.exchanges[before:] if each.method != "GET"] == [MANIFEST]
 
     def test_a_new_version_leaves_the_old_ones_files_until_its_manifest_is_there(
@@ -135,13 +142,13 @@ class TestPush:
         verify(tmp_path / "new", load_manifest(folder))
 
     def test_a_push_over_a_line_that_fails_every_third_time_arrives(
-        self, folder: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
+        self, large: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
     ) -> None:
         proxy(lambda exchange: Fault(status=500) if exchange.number % 3 == 0 else None)
-        push(folder, s3_place)
+        push(large, s3_place)
         fetch(s3_place, tmp_path / "target")
-        verify(tmp_path / "target", load_manifest(folder))
-        assert load_manifest(tmp_path / "target") == load_manifest(folder)
+        verify(tmp_path / "target", load_manifest(large))
+        assert load_manifest(tmp_path / "target") == load_manifest(large)
 
     def test_a_damaged_snapshot_is_not_pushed(self, folder: Path, s3_place: Place) -> None:
         (folder / "config.json").write_bytes(b"[]")
@@ -149,22 +156,22 @@ class TestPush:
             push(folder, s3_place)
         assert objects(s3_place) == {}
 
-    def test_a_push_that_fails_leaves_no_manifest(self, folder: Path, s3_place: Place, proxy: Proxy) -> None:
+    def test_a_push_that_fails_leaves_no_manifest(self, large: Path, s3_place: Place, proxy: Proxy) -> None:
         proxy(lambda exchange: Fault(status=400) if "partNumber" in exchange.path else None)
         with pytest.raises(SourceError, match=r"^push to s3://.*/blobs/"):
-            push(folder, s3_place)
+            push(large, s3_place)
         assert MANIFEST not in objects(s3_place)
 
 
 class TestPull:
     def test_with_every_third_answer_failing_everything_arrives_and_nothing_else(
-        self, folder: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
+        self, large: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
     ) -> None:
-        push(folder, s3_place)
+        push(large, s3_place)
         line = proxy(every_third)
         pulled = fetch(s3_place, tmp_path / "store" / "target")
         manifest = load_manifest(tmp_path / "store" / "target")
-        assert manifest == load_manifest(folder)
+        assert manifest == load_manifest(large)
         verify(tmp_path / "store" / "target", manifest)
         assert pulled.whole
         assert pulled.fetched_bytes == manifest.size
@@ -174,13 +181,13 @@ class TestPull:
         # Where an answer was cut it was continued: what was sent twice is less than what the cuts left over.
         assert manifest.size <= line.fetched("/blobs/") < manifest.size + 100_000
 
-    def test_an_answer_that_crawls_is_given_up_and_continued(self, folder: Path, s3_place: Place, proxy: Proxy) -> None:
-        manifest = load_manifest(folder)
-        push(folder, s3_place)
+    def test_an_answer_that_crawls_is_given_up_and_continued(self, large: Path, s3_place: Place, proxy: Proxy) -> None:
+        manifest = load_manifest(large)
+        push(large, s3_place)
         line = proxy(lambda exchange: Fault(bytes_per_second=1 << 20) if exchange.number % 2 else None)
         name = f"blobs/{manifest.files['model.safetensors'].blake3}"
         data = Bucket(s3_place, timeout_seconds=0.5).read(name, 3, PART_BYTES)
-        assert data == (folder / "model.safetensors").read_bytes()[3 : 3 + PART_BYTES]
+        assert data == (large / "model.safetensors").read_bytes()[3 : 3 + PART_BYTES]
         assert len(line.exchanges) == 2
 
     def test_a_line_that_brings_nothing_any_more_is_an_error_that_names_the_object(
@@ -193,9 +200,9 @@ class TestPull:
             bucket.read("blobs/x", 0, 1000)
 
     def test_a_killed_download_goes_on_where_it_was(
-        self, folder: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
+        self, large: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
     ) -> None:
-        size = push(folder, s3_place).manifest.size
+        size = push(large, s3_place).manifest.size
         line = proxy(lambda exchange: Fault(bytes_per_second=8 << 20) if "/blobs/" in exchange.path else None)
         target = tmp_path / "target"
         partial = tmp_path / ".target.partial" / "model.safetensors"
@@ -209,7 +216,7 @@ class TestPull:
         assert not target.exists()
         line.faults = lambda _: None
         pulled = fetch(s3_place, target, stale_seconds=1.0)
-        verify(target, load_manifest(folder))
+        verify(target, load_manifest(large))
         assert pulled.fetched_bytes <= size - kept
         assert pulled.waited_seconds >= 1.0  # the dead one's lock
         assert nothing_is_there(tmp_path / "other")
@@ -241,15 +248,15 @@ class TestPull:
         assert [(path.name, path.read_bytes()) for path in outside.iterdir()] == [("config.json", b"mine")]
 
     def test_two_processes_on_one_volume_fetch_it_once(
-        self, folder: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
+        self, large: Path, s3_place: Place, proxy: Proxy, tmp_path: Path
     ) -> None:
-        size = push(folder, s3_place).manifest.size
+        size = push(large, s3_place).manifest.size
         line = proxy(lambda exchange: Fault(bytes_per_second=32 << 20) if "/blobs/" in exchange.path else None)
         target = tmp_path / "volume" / "target"
         processes = [start(s3_place, target) for _ in range(2)]
         said = [process.communicate(timeout=60)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], said
-        verify(target, load_manifest(folder))
+        verify(target, load_manifest(large))
         assert line.fetched("/blobs/") == size
         assert [path.name for path in target.parent.iterdir()] == ["target"]
 
