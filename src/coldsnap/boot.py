@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coldsnap import fitness
+from coldsnap import fitness, patches
 from coldsnap.caches import boot_caches as caches
 from coldsnap.caches.boot_caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
@@ -72,6 +72,7 @@ class Booted:
             start_method=info.start_method,
             limits=info.limits,
             max_concurrency=self.settings.max_concurrency,
+            degraded=patches.degraded(),
         )
 
     def bundle(self) -> dict[str, Any] | None:

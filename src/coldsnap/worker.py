@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from coldsnap import local, processes
+from coldsnap import local, patches, processes
 from coldsnap.boot import Booted, boot
 from coldsnap.caches.boot_caches import BundleMaker
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
@@ -101,17 +101,12 @@ class _Worker:
         if self._life.price.per_second is None:
             _say(f"costs in GPU-seconds only: {self._life.price.origin}")
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-        complaint = dispatch.differs(runpod.__version__, rp_scale.JobScaler)
-        if complaint is None:
+        if patches.allowed("dispatch", unlike=dispatch.differs(rp_scale.JobScaler)):
             urls = rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL
             self._egress = Egress(self._jobs.handle, *urls, rp_scale.log.error)
             self.handle_job = self._egress.handle_job
             rp_scale.JobScaler = dispatch.event_driven(rp_scale, self)
         else:
-            _say(
-                f"runpod {runpod.__version__}: {complaint} (tested: {dispatch.TESTED_SDK}x); "
-                "using the SDK's own loop, in which jobs start up to 0.1 s later"
-            )
             self._ready()
         concurrency = self.concurrency
         runpod.serverless.start(
@@ -259,8 +254,8 @@ def _run_local(booted: Booted, test_input: str) -> int:
 def _import_sdk() -> None:
     cpuinfo: Any = importlib.import_module("cpuinfo")
     ask = cpuinfo.get_cpu_info
-    # A second and two processes, for the processor's name in the SDK's debugger, which takes none for an answer.
-    cpuinfo.get_cpu_info = dict
+    if patches.allowed("processor_name"):
+        cpuinfo.get_cpu_info = dict  # for the SDK's debugger, which takes none for an answer
     try:
         importlib.import_module("runpod.serverless.modules.rp_scale")
     finally:
@@ -270,6 +265,8 @@ def _import_sdk() -> None:
 
 def _report_unhealthy(error: Unfit) -> None:
     """Tell the platform, with the ping that the SDK sends when a check of its own fails."""
+    if not patches.allowed("unhealthy"):
+        return
     fitness: Any = importlib.import_module("runpod.serverless.modules.rp_fitness")
     fitness._report_unhealthy(error.check, error.message.removeprefix(f"{error.check}: "))  # noqa: SLF001 -- the SDK has no public name for it
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from coldsnap.testing import ControlPlane
 
-from .worker import Worker
+from .worker import HANDLER, Worker
 
 Boot = Callable[..., Worker]
 
@@ -75,8 +75,8 @@ def new_worker(tmp_path: Path, home: Path) -> Iterator[Boot]:
     """Return a way to boot a worker of a test's own: `async with new_worker(DRAIN_SECONDS="1") as worker`."""
     before = len(_workers)
 
-    def boot(plane: ControlPlane | None = None, **environ: str) -> Worker:
-        worker = Worker(tmp_path, home, plane=plane, **environ)
+    def boot(plane: ControlPlane | None = None, handler: Path = HANDLER, **environ: str) -> Worker:
+        worker = Worker(tmp_path, home, plane=plane, handler=handler, **environ)
         _workers.append(worker)
         return worker
 

@@ -23,6 +23,7 @@ from coldsnap.snapshot.manifest import load_manifest
 from coldsnap.testing import ControlPlane, Gateway, Job, JobFailed, JobState
 
 ROOT = Path(__file__).resolve().parents[2]
+HANDLER = ROOT / "handler.py"
 SNAPSHOT = ROOT / "snapshots" / "demo"
 MANIFEST = load_manifest(SNAPSHOT)
 MODEL = MANIFEST.served_model_name
@@ -76,7 +77,7 @@ async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) ->
     """Run `handler.py` to its end, in the folder `cwd`; its ledger goes to `cwd/ledger`."""
     with scratch() as temporary:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, ROOT / "handler.py", *arguments, cwd=cwd,
+            sys.executable, HANDLER, *arguments, cwd=cwd,
             env=environment(home, cwd / "ledger", TMPDIR=str(temporary), **environ),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
         )  # fmt: skip
@@ -92,8 +93,12 @@ async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) ->
 class Worker:
     """Boots on entry and is killed on exit. The log is one file each for stdout and stderr."""
 
-    def __init__(self, folder: Path, home: Path, *, plane: ControlPlane | None = None, **environ: str) -> None:
+    def __init__(
+        self, folder: Path, home: Path, *, plane: ControlPlane | None = None, handler: Path = HANDLER,
+        **environ: str,
+    ) -> None:  # fmt: skip
         self.folder = folder
+        self._handler = handler
         self.plane = plane or ControlPlane(poll_seconds=5)
         self.gateway = Gateway(self.plane)
         self.spawned = 0.0
@@ -114,7 +119,7 @@ class Worker:
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             self.spawned = time.time()
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, ROOT / "handler.py", cwd=self.folder, env=env, stdout=out, stderr=err,
+                sys.executable, self._handler, cwd=self.folder, env=env, stdout=out, stderr=err,
                 process_group=0,
             )  # fmt: skip
         self._stack.callback(kill_group, self.process.pid)

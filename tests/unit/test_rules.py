@@ -108,7 +108,7 @@ def test_the_worker_never_imports_a_tool_of_the_desk() -> None:
     assert {"desk/report/command", "desk/report/plots", "records/schema"} < reaches("desk/report/command")
 
 
-BORDERS = {"errors", "engine", "settings", "timeline", "processes"}
+BORDERS = {"errors", "engine", "settings", "timeline", "processes", "patches"}
 """What every room may import of the ground floor. The rest of it is a worker's life, which no room knows."""
 ARROWS: Mapping[str, set[str]] = {
     "foundation": set(),

@@ -59,6 +59,8 @@ class ColdStart(Record):
     `limits` are the engine's, `max_concurrency` is how many jobs the worker takes at once: `coldsnap plan` needs them.
     `cache` is what became of the compile caches' bundle (`cache_bundle` is its fingerprint, `cache_bytes` its size):
     found, missing, `refused` because it is damaged or another's, `late`, `failed` or not asked for; `cache_because`.
+    `degraded` names the patches of vLLM and the SDK that were left out, because the installed release is not one that
+    they were tried with: all is served, slower, or by estimated costs.
     A `revived` worker went through none: its process was frozen, suspended or restored (`revival`) and was away
     for `away_seconds`, which its books leave out.
     """
@@ -85,6 +87,7 @@ class ColdStart(Record):
     start_method: Literal["fork", "spawn"] | None = None
     limits: Limits | None = None
     max_concurrency: int | None = None
+    degraded: list[str] = Field(default_factory=list)
 
 
 class Request(Record):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
-from coldsnap import processes
+from coldsnap import patches, processes
 from coldsnap.cost import step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import ColdsnapError, EngineBootError, EngineDead, InvalidInput, SettingsError, Unavailable
@@ -110,7 +110,7 @@ def configure(
     parsed = arguments.parse(parser, fixed={"model": model, **fixed}, manifest=manifest, environ=environ)
     for suspect, near in parsed.suspects.items():
         warn(f"{suspect} is not a setting of this worker or of vLLM; did you mean {near}?")
-    if vllm_release.is_cpu_build():
+    if vllm_release.is_cpu_build() and patches.allowed("model_class"):
         _register_models(Path(model))
     try:
         cli.validate_parsed_serve_args(parsed.namespace)
@@ -348,15 +348,16 @@ def _metered_llm(accounts: Accounts, pace: Pace, *, metrics: bool) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    processor = _paced(pace)
+    paced = _paced(pace) if patches.allowed("pace") else None
 
     class LLM(MeteredLLM, AsyncLLM):  # type: ignore[misc] # vLLM is not followed
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.accounts = accounts
-            self.output_processor.__class__ = processor
-            if not metrics:
-                self.logger_manager = None
+            if paced is not None:
+                self.output_processor.__class__ = paced
+                if not metrics:
+                    self.logger_manager = None
 
     return LLM
 
@@ -391,7 +392,7 @@ def _unmetered(config: Any) -> str | None:
         return f"it runs a scheduler of its own, {config.scheduler_config.scheduler_cls}"
     if config.parallel_config.data_parallel_size > 1:
         return "it has several cores, whose steps overlap"
-    return None
+    return None if patches.allowed("step_meter") else "vLLM is of a release that the step meter was not tried with"
 
 
 def _energy(parallel: Any, warn: Callable[[str], None]) -> EnergyCounters | None:
@@ -480,7 +481,9 @@ def _parser_module() -> str:
         with contextlib.suppress(ModuleNotFoundError):
             if find_spec(name):
                 return name
-    raise EngineBootError("this vLLM has no make_arg_parser where 0.26 to 0.33 keep it; see docs/runbooks")
+    raise EngineBootError(
+        f"this vLLM has no make_arg_parser where {', '.join(patches.VLLM)} keep it; see docs/runbooks"
+    )
 
 
 def _first(*places: str) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from coldsnap import patches
 from coldsnap.vllm import release
 
 _TRANSFORMERS = "transformers.utils.import_utils"
@@ -22,6 +23,9 @@ _TRANSFORMERS = "transformers.utils.import_utils"
 @contextlib.contextmanager
 def searches(environ: Mapping[str, str]) -> Iterator[None]:
     """Answer from memory what an import of vLLM searches the whole environment for."""
+    if not patches.allowed("imports"):
+        yield
+        return
     kept = Remembered(release.cache_folders(environ)["vllm"].with_name("coldsnap") / "imports", environment_key())
     search = importlib.metadata.packages_distributions
     importlib.metadata.packages_distributions = lambda: kept.answer("packages_distributions", search)
