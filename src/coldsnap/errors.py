@@ -1,10 +1,13 @@
-"""Every error that coldsnap raises, in one tree.
+"""Every error of coldsnap's own, in one tree.
 
 A `BootError` ends the process before anything is served: one line on stderr, exit code 1.
 A `JobError` ends one job; the worker serves the next one. `status` is the HTTP status that an
 OpenAI client gets, `type` the OpenAI error type.
 `EngineDead` ends the job and the worker: the platform starts another.
 A `BakeError` ends a command at a desk like a `BootError` ends a worker.
+
+Not in the tree: what the other side of a wire says went wrong there, which is a result here (`bench`'s `Failed`, the
+control plane's `JobFailed` and `WorkerUnhealthy`), and exceptions that never leave their module.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ The SDK's own checks create a CUDA context here, after which the engine could no
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import resource
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 from coldsnap.errors import Unfit
 from coldsnap.foundation.memory import available_memory
+from coldsnap.foundation.nvml import driver
 
 _LEAST_DISK = 100 << 20
 """Bytes free for temporary files; a ledger that cannot be written ends no worker."""
@@ -51,7 +51,7 @@ def check(
     if gpus > 1:
         _shared_memory(shared, gpus)
     if gpu:
-        _gpus(nvml or importlib.import_module("pynvml"), weights, None if any_driver else _runtime())
+        _gpus(nvml or driver(), weights, None if any_driver else _runtime())
 
 
 def _disk(scratch: Path) -> None:

@@ -1,4 +1,7 @@
-"""The environment, read once into one frozen model. Nothing else in the package reads `os.environ`.
+"""The environment, read once into one frozen model.
+
+It is handed in by whatever starts a process or is a command: `worker`, `warm`, `desk/serve`, `desk/bench`. Nothing else
+touches `os.environ`, but for `cost/step_meter` in a process that vLLM starts.
 
 worker-vllm's names keep working. Variables that are not settings of the worker are handed to
 `arguments.parse`, which takes those that are arguments of vLLM.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+import sys
 from collections.abc import Iterator
 
 import orjson
@@ -11,6 +13,7 @@ import pytest
 
 import coldsnap
 from coldsnap.errors import BootError, CacheError, ColdsnapError, CommandError, EngineDead, InvalidInput, JobError
+from coldsnap.settings import ROOT
 
 
 def tree(root: type[ColdsnapError] = ColdsnapError) -> Iterator[type[ColdsnapError]]:
@@ -31,6 +34,31 @@ PUBLIC = [error for error in BY_MESSAGE if error.__module__ == "coldsnap.errors"
 def test_the_whole_tree_is_looked_at() -> None:
     names = {error.__name__ for error in ERRORS}
     assert {"SnapshotError", "RouteRefused", "EngineDead", "Draining", "_Answered", "Unavailable"} <= names
+
+
+def test_what_is_not_in_the_tree_never_leaves_its_module_or_is_what_another_side_said() -> None:
+    outside = {
+        f"{name}.{kind.__name__}"
+        for name, module in list(sys.modules.items())
+        if name.startswith("coldsnap.") and not name.startswith("coldsnap.testing")
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, BaseException) and kind.__module__ == name
+        if not issubclass(kind, ColdsnapError) and not kind.__name__.startswith("_")
+    }
+    assert outside == {
+        "coldsnap.desk.bench.answer.Failed",
+        "coldsnap.desk.serve.control_plane.WorkerUnhealthy",
+        "coldsnap.desk.serve.job.JobCancelled",
+        "coldsnap.desk.serve.job.JobFailed",
+    }
+
+
+def test_a_private_exception_is_named_in_its_own_module_only() -> None:
+    text = {path: path.read_text("utf-8") for path in (ROOT / "src" / "coldsnap").rglob("*.py")}
+    private = re.findall(r"^class (_\w+)\(\w*(?:Error|Exception)\):", "\n".join(text.values()), re.MULTILINE)
+    assert {"_Undelivered", "_JobEnded"} < {*private}
+    users = {name: [path.stem for path, code in text.items() if re.search(rf"\b{name}\b", code)] for name in private}
+    assert {name: modules for name, modules in users.items() if len(modules) > 1} == {}
 
 
 @pytest.mark.parametrize("error", ERRORS)

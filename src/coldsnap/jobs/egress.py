@@ -32,7 +32,7 @@ _CHUNK_BYTES = 1_000_000
 _TOO_MANY = 429
 
 
-class Undelivered(Exception):
+class _Undelivered(Exception):
     """The platform would not take a chunk."""
 
 
@@ -71,7 +71,7 @@ class Egress:
                     result["output"].append(chunk)
                     # An answer that is not streamed may be larger than a chunk: then only the result carries it.
                     await self._post(stream, headers, {"output": chunk}, optional=not isinstance(chunk, str))
-        except Undelivered as error:
+        except _Undelivered as error:
             self._log(f"a chunk was not delivered: {error}", job["id"])
             result = _failed(f"a chunk could not be delivered: {error}")
         except Exception as error:  # noqa: BLE001 -- whatever it was, a job without a result never ends
@@ -80,14 +80,14 @@ class Egress:
         done = self._done_url.replace("$ID", name) + "&isStream=true"
         try:
             await self._post(done, headers, result)
-        except Undelivered as error:
+        except _Undelivered as error:
             self._log(f"the result was not delivered: {error}", job["id"])
 
     async def _post(self, url: str, headers: str, content: dict[str, Any], *, optional: bool = False) -> None:
         try:
             body = orjson.dumps(content)
         except orjson.JSONEncodeError as error:
-            raise Undelivered(f"not JSON: {error}") from error
+            raise _Undelivered(f"not JSON: {error}") from error
         if optional and len(body) > _CHUNK_BYTES:
             return
         deadline, wait = time.monotonic() + _GIVE_UP_SECONDS, _FIRST_WAIT
@@ -99,11 +99,11 @@ class Egress:
                     return
                 complaint = f"HTTP {status}"
                 if status < 500 and status != _TOO_MANY:  # noqa: PLR2004 -- the same body will not be taken later
-                    raise Undelivered(complaint)
+                    raise _Undelivered(complaint)
             except OSError as error:
                 complaint = f"{type(error).__name__}: {error}"
             if time.monotonic() + wait > deadline:
-                raise Undelivered(complaint)
+                raise _Undelivered(complaint)
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
 

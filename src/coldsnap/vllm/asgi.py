@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from coldsnap.engine import HttpRequest, HttpResponse
+from coldsnap.errors import JobError
 
 _Message = dict[str, Any]
 _App = Callable[..., Awaitable[None]]
@@ -20,10 +21,6 @@ _READ_AHEAD = 32
 """Body messages kept before the application's `send` waits."""
 _CLOSE_SECONDS = 5.0
 """How long the application may take to notice that its client is gone."""
-
-
-class ApplicationSilent(Exception):
-    """The application ended before its response did."""
 
 
 @asynccontextmanager
@@ -57,7 +54,7 @@ class _Client:
         self._gone = asyncio.Event()
 
     async def run(self, app: _App, scope: _Message) -> None:
-        end: Exception = ApplicationSilent("the application ended before its response did")
+        end: Exception = JobError("the application ended before its response did")
         try:
             await app(scope, self._receive, self._send)
         except Exception as error:  # noqa: BLE001 -- raised by whoever reads the response

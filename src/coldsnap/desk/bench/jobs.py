@@ -90,7 +90,7 @@ class Jobs(Endpoint):
         try:
             await self._read(job, answer)
             ended = True
-        except JobEnded as failed:
+        except _JobEnded as failed:
             ended = True
             raise failed.why from None
         finally:
@@ -113,7 +113,7 @@ class Jobs(Endpoint):
                     answer.take(output, now)
             if state in _FINAL and (answer.finished or not chunks):
                 if state != "COMPLETED":
-                    raise JobEnded(_why(state, error))
+                    raise _JobEnded(_why(state, error))
                 return
             if not chunks and time.monotonic() - poll_started < _QUICK_SECONDS:
                 await asyncio.sleep(_QUICK_SECONDS)
@@ -141,7 +141,7 @@ class Jobs(Endpoint):
                 await self._call("POST", f"{self.address.jobs}/cancel/{job}")
 
 
-class JobEnded(Exception):
+class _JobEnded(Exception):
     """The job is over, and not well."""
 
     def __init__(self, why: Failed) -> None:
