@@ -27,8 +27,9 @@ from blake3 import blake3
 from coldsnap.caches import fingerprint
 from coldsnap.errors import CacheError
 
+_PLANS = "startup_plan"
 ROOTS: Mapping[str, tuple[str, ...] | None] = {
-    "vllm": ("modelinfos", "torch_compile_cache", "startup_plan", "flashinfer_autotune_cache", "deep_gemm"),
+    "vllm": ("modelinfos", "torch_compile_cache", _PLANS, "flashinfer_autotune_cache", "deep_gemm"),
     "inductor": None,
     "triton": None,
     "flashinfer": None,
@@ -134,6 +135,16 @@ def entries(roots: Mapping[str, Path], *, any_processor: bool = False) -> list[E
                 if stat.st_mtime < settled and not (any_processor and _is_native(name)):
                     files.append(Entry(name, stat.st_size, stat.st_mtime_ns))
     return sorted(files, key=lambda entry: entry.name)
+
+
+def forget_plans(roots: Mapping[str, Path]) -> None:
+    """Remove vLLM's startup plans, the KV-cache sizes that a boot without a bundle has measured.
+
+    Its compiler may have held memory meanwhile, and a plan is every worker's once it is in a bundle. The next boot,
+    which need not compile, measures anew.
+    """
+    for plan in (roots["vllm"] / _PLANS).glob("*.json") if "vllm" in roots else ():
+        plan.unlink(missing_ok=True)
 
 
 def pack(

@@ -87,6 +87,8 @@ def store_bundle(
     name = fingerprint.name_of(factors)
     answer = {"fingerprint": name, "because": None}
     try:
+        if request["since"] is None:
+            bundle.forget_plans(roots)
         if not request["replace"] and store.has(_file(name)):
             return answer | {"state": "there"}
         since = request["since"]

@@ -345,6 +345,21 @@ class TestStore:
         )
         assert not store_at(place).has(f"{NAME}.bundle")
 
+    def test_a_kv_size_that_was_measured_beside_the_compiler_is_nobodys(
+        self, place: Path | Place, folders: dict[str, Path]
+    ) -> None:
+        plan = {"vllm/startup_plan/startup_plan_0123.json": b"{}"}
+        write(folders, plan)
+        assert stored(place, folders)["state"] == "stored"
+        assert held(folders) == FILES  # nor this worker's next boot's
+        started = time.time() - 10
+        write(folders, plan, int((started + 5) * 1e9))
+        later = {"replace": True, "since": started, "generation": 2}
+        assert stored(place, folders, **later)["state"] == "stored"
+        empty(folders)
+        fetched(place, folders)
+        assert held(folders) == FILES | plan
+
     def test_empty_caches_make_no_bundle(self, place: Path | Place, folders: dict[str, Path]) -> None:
         empty(folders)
         assert stored(place, folders)["state"] == "there"
