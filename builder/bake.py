@@ -24,11 +24,11 @@ from blake3 import blake3  # noqa: E402 (the path is set above)
 from builder import schemes  # noqa: E402
 from builder.checkpoint import Checkpoint  # noqa: E402
 from builder.gate import Text, judge, measure  # noqa: E402
-from builder.quantise import CALIBRATED, copy, fit, quantise, readable  # noqa: E402
+from builder.quantise import copy, fit, quantise, readable  # noqa: E402
 from builder.source import Folder, Origin, Repository, room  # noqa: E402
 from builder.stages import Report, Stages, size_of  # noqa: E402
 from builder.versions import versions  # noqa: E402
-from coldsnap.desk.bake import AS_IS, configure  # noqa: E402
+from coldsnap.desk.bake import AS_IS, SCHEMES, configure  # noqa: E402
 from coldsnap.errors import BakeError, ColdsnapError  # noqa: E402
 from coldsnap.snapshot import push  # noqa: E402
 from coldsnap.snapshot.manifest import (  # noqa: E402
@@ -63,13 +63,15 @@ def bake(options: argparse.Namespace) -> tuple[Path, Manifest]:
 
         scheme = schemes.choose(options.scheme, checkpoint)
         schemes.check(scheme, checkpoint, options.group_size)
-        if calibration and scheme not in CALIBRATED:
-            raise BakeError(f"--calibrate: {scheme} has nothing to fit; use it with {' or '.join(CALIBRATED)}")
+        how = SCHEMES[scheme]
+        if calibration and not how.fitted:
+            fitted = " or ".join(name for name, each in SCHEMES.items() if each.fitted)
+            raise BakeError(f"--calibrate: {scheme} has nothing to fit; use it with {fitted}")
         quantization = Quantization(
             scheme=scheme,
-            ignore=schemes.left_alone(checkpoint) if scheme in schemes.BITS else (),
-            method="compressed-tensors" if scheme in schemes.BITS else checkpoint.quant_method,
-            group_size=options.group_size if scheme == "w4a16" else None,
+            ignore=schemes.left_alone(checkpoint) if how.preset else (),
+            method="compressed-tensors" if how.preset else checkpoint.quant_method,
+            group_size=options.group_size if how.grouped else None,
             calibration=calibration,
         )
         snapshot = stages.work / "snapshot"
@@ -161,7 +163,7 @@ def _quantised(
         shutil.rmtree(partial_, ignore_errors=True)
         shutil.rmtree(snapshot, ignore_errors=True)
         room(snapshot, size)
-        if quantization.scheme not in schemes.BITS:
+        if SCHEMES[quantization.scheme].preset is None:
             copy(checkpoint, partial_)
         elif options.calibrate:
             fit(
@@ -184,9 +186,10 @@ def _quantised(
 def _check(checkpoint: Checkpoint, scheme: str, snapshot: Path, text: Text) -> Report:
     """Read the snapshot's headers and measure its quality."""
     baked = Checkpoint.read(snapshot)
-    if (scheme in schemes.BITS or scheme == AS_IS) and not baked.quant_method:
+    quantised = SCHEMES[scheme].preset is not None
+    if (quantised or scheme == AS_IS) and not baked.quant_method:
         raise BakeError(f"{snapshot}/config.json: expected a quantization_config, found none")
-    if scheme in schemes.BITS:
+    if quantised:
         quality = measure(checkpoint, snapshot, text)
     elif scheme == AS_IS:
         quality = Quality(not_measured="the source is quantised already; there is no original to compare it with")

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import CONFIG, INDEX, Checkpoint
+from coldsnap.desk.bake import SCHEMES
 from coldsnap.errors import BakeError
 from coldsnap.snapshot.manifest import Quantization
 
-_PRESETS = {"fp8-dynamic": "FP8_DYNAMIC", "w8a8": "W8A8", "w4a16": "W4A16"}
 _PRESET_GROUP = 128
-CALIBRATED = ("w8a8", "w4a16")
-"""Schemes whose weights can be fitted to data; FP8 rounds well enough without."""
 _CALIBRATION_TOKENS = 512
 
 
@@ -36,9 +34,10 @@ def quantise(
     from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
     from llmcompressor.entrypoints.model_free import model_free_ptq
 
-    preset: str | QuantizationScheme = _PRESETS[scheme]
-    if scheme == "w4a16" and group_size != _PRESET_GROUP:
-        preset = preset_name_to_scheme(_PRESETS[scheme], ["Linear"])
+    how = SCHEMES[scheme]
+    preset: str | QuantizationScheme | None = how.preset
+    if how.grouped and group_size != _PRESET_GROUP:
+        preset = preset_name_to_scheme(how.preset, ["Linear"])
         preset.weights.group_size = group_size
     staged = target.with_name("input")
     shutil.rmtree(staged, ignore_errors=True)
@@ -73,7 +72,7 @@ def fit(
 
     if method == "awq" and not torch.accelerator.is_available():
         raise BakeError("--calibrate-method awq: llm-compressor's AWQ needs a GPU and a torch for it; use gptq here")
-    scheme = preset_name_to_scheme(_PRESETS[quantization.scheme], ["Linear"])
+    scheme = preset_name_to_scheme(SCHEMES[quantization.scheme].preset, ["Linear"])
     if quantization.group_size is not None:
         scheme.weights.group_size = quantization.group_size
     how: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": list(quantization.ignore)}

@@ -13,10 +13,6 @@ from builder.checkpoint import Checkpoint, Tensor
 from coldsnap.desk.bake import AS_IS, GROUP_SIZES, SCHEMES
 from coldsnap.errors import BakeError
 
-BITS = {"fp8-dynamic": 8, "w8a8": 8, "w4a16": 4}
-"""Bits of a quantised weight. Schemes that are not here change nothing."""
-_KERNEL_MULTIPLE = 16
-"""What the 8-bit matrix kernels of GPUs need both sides of a weight to be a multiple of."""
 _SCALE_BYTES = 4
 
 _HEAD = "lm_head"
@@ -55,7 +51,8 @@ def quantised(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def check(scheme: str, checkpoint: Checkpoint, group_size: int) -> None:
     """Raise `BakeError`, naming a layer, unless the checkpoint's shapes suit the scheme."""
-    if scheme not in BITS:
+    how = SCHEMES[scheme]
+    if how.preset is None:
         return
     layers = list(quantised(checkpoint))
     if not layers:
@@ -64,27 +61,27 @@ def check(scheme: str, checkpoint: Checkpoint, group_size: int) -> None:
         if tensor.dtype not in _FLOATS:
             raise BakeError(f"--scheme {scheme}: {module}.weight: expected a 16 or 32-bit float, found {tensor.dtype}")
         rows, columns = tensor.shape[-2:]
-        if scheme == "w4a16" and columns % group_size:
+        if how.grouped and columns % group_size:
             good = [size for size in GROUP_SIZES if all(layer.shape[-1] % size == 0 for _, layer in layers)]
             way = f"use --group-size {good[0]}" if good else "no group size divides every layer: use another scheme"
             raise BakeError(
-                f"--scheme w4a16: {module}.weight has {columns} columns, no multiple of the group size {group_size}; "
-                f"{way}"
+                f"--scheme {scheme}: {module}.weight has {columns} columns, no multiple of the group size "
+                f"{group_size}; {way}"
             )
-        if scheme != "w4a16" and (rows % _KERNEL_MULTIPLE or columns % _KERNEL_MULTIPLE):
+        if rows % how.multiple or columns % how.multiple:
             raise BakeError(
-                f"--scheme {scheme}: {module}.weight is {rows} x {columns}; expected multiples of {_KERNEL_MULTIPLE}, "
-                f"which 8-bit kernels need: use another scheme"
+                f"--scheme {scheme}: {module}.weight is {rows} x {columns}; expected multiples of {how.multiple}, "
+                f"which {how.bits}-bit kernels need: use another scheme"
             )
 
 
 def estimate(scheme: str, checkpoint: Checkpoint, group_size: int) -> int:
     """Return about how many bytes the snapshot will take."""
-    saved = 0
-    if bits := BITS.get(scheme):
+    saved, how = 0, SCHEMES[scheme]
+    if how.preset is not None:
         for _, tensor in quantised(checkpoint):
-            scales = tensor.elements // (group_size if bits == 4 else tensor.shape[-1])
-            saved += tensor.size - tensor.elements * bits // 8 - scales * _SCALE_BYTES
+            scales = tensor.elements // (group_size if how.grouped else tensor.shape[-1])
+            saved += tensor.size - tensor.elements * how.bits // 8 - scales * _SCALE_BYTES
     return checkpoint.size - saved
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,33 @@ from coldsnap.errors import BakeError
 from coldsnap.foundation.s3 import Place
 from coldsnap.settings import ROOT
 
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What is done to a model's weights."""
+
+    preset: str | None = None
+    """llm-compressor's name for it, None where the weights stay as they are."""
+    bits: int = 16
+    """Bits of a quantised weight."""
+    grouped: bool = False
+    """Whether a scale is shared by a group of columns, `--group-size`, and not by a whole channel."""
+    fitted: bool = False
+    """Whether weights can be fitted to data; FP8 rounds well enough without."""
+    multiple: int = 1
+    """What both sides of a weight must be a multiple of, for the GPUs' matrix kernels."""
+
+
 AS_IS = "as-is"
-SCHEMES: Mapping[str, str] = {
-    "fp8-dynamic": "FP8 weights, a scale a channel; activations to FP8 as they come",
-    "w8a8": "int8 weights, a scale a channel; activations to int8 as they come",
-    "w4a16": "4-bit integer weights, a scale a group; activations stay 16 bit",
-    "none": "as the source has them, 16 bit",
-    AS_IS: "already quantised by the source (AWQ, GPTQ, compressed-tensors, FP8, bitsandbytes, MXFP4, ...)",
+SCHEMES: Mapping[str, Scheme] = {
+    # FP8 or int8 weights, and activations quantised to the same as they come.
+    "fp8-dynamic": Scheme("FP8_DYNAMIC", bits=8, multiple=16),
+    "w8a8": Scheme("W8A8", bits=8, fitted=True, multiple=16),
+    # 4-bit integer weights; activations stay 16 bit.
+    "w4a16": Scheme("W4A16", bits=4, grouped=True, fitted=True),
+    "none": Scheme(),
+    # Quantised already by the source: AWQ, GPTQ, compressed-tensors, FP8, bitsandbytes, MXFP4, ...
+    AS_IS: Scheme(),
 }
 METHODS = ("gptq", "awq")
 GROUP_SIZES = (128, 64, 32)
