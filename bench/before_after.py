@@ -3,7 +3,8 @@
     python bench/before_after.py BEFORE AFTER … [--rounds 5]
 
 Each checkout runs `handler.py --test_input` with this Python and a home folder of its own. One boot each comes first
-and is not counted: it fills the caches. Printed are medians over the rounds and of the differences to BEFORE.
+and is not counted: it fills the caches. Printed are medians over the rounds and of the differences to BEFORE. Where
+other things run, `processor` says more: the seconds of user and system time, to the end of the job.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,18 +20,21 @@ import tempfile
 from pathlib import Path
 
 JOB = '{"input": {"messages": [{"role": "user", "content": "What is a cold start?"}]}}'
-COLUMNS = ("ready", "import_vllm", "configure", "engine", "warm_up")
+COLUMNS = ("ready", "processor", "import_vllm", "configure", "engine", "warm_up")
 
 
 def boot(checkout: Path, home: Path) -> dict[str, float]:
-    """Boot once; return the seconds up to ready and of the phases."""
+    """Boot once; return the seconds up to ready and of the phases, and all that it took of the processors."""
     with tempfile.TemporaryDirectory(dir=home) as ledger:
         environ = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "COLDSNAP_LEDGER_DIR": ledger}
         command = [sys.executable, str(checkout / "handler.py"), "--test_input", JOB]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, env=environ, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         lines = [json.loads(line) for line in Path(ledger, "ledger.jsonl").read_text("utf-8").splitlines()]
     (record,) = [line for line in lines if line["record"] == "cold_start"]
-    return {"ready": record["seconds"], **record["phases"]}
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"ready": record["seconds"], "processor": processor, **record["phases"]}
 
 
 def main() -> None:
@@ -51,7 +56,7 @@ def main() -> None:
         boots = [each[index] for each in rounds]
         medians = [statistics.median(each.get(column, 0.0) for each in boots) for column in COLUMNS]
         against = statistics.median(each[index]["ready"] - each[0]["ready"] for each in rounds)
-        print(f"| {checkout.name} | {' | '.join(f'{each:.2f}' for each in medians)} | {against:+.2f} |")
+        print(f"| {checkout.name} | {' | '.join(f'{each:.2f}' for each in medians)} | {against:+.2f} |", flush=True)
 
 
 if __name__ == "__main__":
