@@ -24,6 +24,7 @@ from blake3 import blake3  # noqa: E402 (the path is set above)
 from builder import schemes  # noqa: E402
 from builder.checkpoint import Checkpoint  # noqa: E402
 from builder.gate import Text, judge, measure  # noqa: E402
+from builder.gguf_file import GgufFile  # noqa: E402
 from builder.quantise import copy, fit, quantise, readable  # noqa: E402
 from builder.source import Folder, Origin, Repository, room  # noqa: E402
 from builder.stages import Report, Stages, size_of  # noqa: E402
@@ -103,7 +104,7 @@ def bake(options: argparse.Namespace) -> tuple[Path, Manifest]:
 def _out(options: argparse.Namespace) -> Path:
     if options.out is not None:
         return Path(options.out).absolute()
-    name = re.sub(r"[^a-z0-9.]+", "-", Path(options.model).name.lower()).strip("-.")
+    name = re.sub(r"[^a-z0-9.]+", "-", Path(options.model).name.lower().removesuffix(".gguf")).strip("-.")
     return ROOT / "snapshots" / (f"{name}-{options.scheme}" if options.scheme else name)
 
 
@@ -131,15 +132,19 @@ def _same(options: argparse.Namespace, out: Path, standing: Manifest, source: So
 
 
 def _origin(options: argparse.Namespace, out: Path) -> Origin:
-    if Path(options.model).is_dir():
+    path = Path(options.model).absolute()
+    if path.exists():
         if options.revision is not None:
-            raise BakeError(f"--revision: {options.model} is a folder here, which has none; leave it out")
-        return Folder(Path(options.model).absolute(), out, options.scheme, options.group_size)
+            raise BakeError(f"--revision: {options.model} is here, not on the hub, and has none; leave it out")
+        return Folder(path, out, options.scheme, options.group_size) if path.is_dir() else GgufFile(path, out)
+    if path.suffix == ".gguf":
+        raise BakeError(f"{options.model}: expected a GGUF file here, found none")
     return Repository(options.model, options.revision, out)
 
 
 def _served(options: argparse.Namespace) -> str:
-    name = Path(options.model).absolute().name if Path(options.model).is_dir() else options.model
+    path = Path(options.model).absolute()
+    name = path.name.removesuffix(".gguf") if path.exists() else options.model
     return str(options.served_name or name)
 
 

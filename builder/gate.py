@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -165,25 +166,40 @@ def _answers(model: Any, tokenizer: Any, text: Text) -> _Answers:
 def load(folder: Path, size: int) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    needed = int(size * _MEMORY_FACTOR)
-    available = _MEMORY.search(Path("/proc/meminfo").read_text())
-    if available and (free := int(available[1]) * 1024) < needed:
-        raise Unmeasurable(f"needs {needed:,} bytes of memory, {free:,} are free")
+    if reason := too_large(size):
+        raise Unmeasurable(reason)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:  # whatever a foreign model's class raises: it means `not measured`
-        raise Unmeasurable(f"transformers {version('transformers')} does not load it: {_first_line(error)}") from error
-    unused = [key for key in report.get("unexpected_keys", ()) if _SCALE.fullmatch(str(key))]
-    for kind, keys in (*((kind, report.get(kind)) for kind in _LOST), ("unused", unused)):
-        if keys:  # it would go on with random or unscaled weights
-            raise Unmeasurable(
-                f"transformers {version('transformers')} cannot use all of its weights ({kind}: {min(map(str, keys))})"
-            )
+        raise Unmeasurable(load_error(error)) from error
+    if reason := lost(report):
+        raise Unmeasurable(reason)
     return model.eval(), tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
-    )
+def too_large(size: int) -> str | None:
+    """Say that a model of `size` bytes does not fit into this machine's memory, if so."""
+    needed = int(size * _MEMORY_FACTOR)
+    available = _MEMORY.search(Path("/proc/meminfo").read_text())
+    if available and (free := int(available[1]) * 1024) < needed:
+        return f"needs {needed:,} bytes of memory, {free:,} are free"
+    return None
+
+
+def load_error(error: Exception) -> str:
+    """Say in one line that transformers does not load a model, and why."""
+    name, text = type(error).__name__, str(error).strip()
+    reason = f"{name}: {text.splitlines()[0]}" if text else name
+    return f"transformers {version('transformers')} does not load it: {reason}"
+
+
+def lost(report: Mapping[str, Any]) -> str | None:
+    """Say which weights a loaded model goes on without, random or unscaled, going by transformers' `report`."""
+    unused = [key for key in report.get("unexpected_keys", ()) if _SCALE.fullmatch(str(key))]
+    for kind, keys in (*((kind, report.get(kind)) for kind in _LOST), ("unused", unused)):
+        if keys:
+            return (
+                f"transformers {version('transformers')} cannot use all of its weights ({kind}: {min(map(str, keys))})"
+            )
+    return None

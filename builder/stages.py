@@ -60,6 +60,10 @@ class Stages:
         """How long each stage took, in the order they were done."""
         return {name: stage["seconds"] for name, stage in self._state["stages"].items()}
 
+    def report(self, name: str) -> Report:
+        """Return what the stage `name`, which is done, gave."""
+        return dict(self._state["stages"][name]["report"])
+
     def forget(self, *, since: str, unless: Report) -> None:
         """Drop the stage `since` and all later ones if they were done for another thing than `unless`."""
         recipes = self._state.setdefault("recipes", {})

@@ -57,7 +57,7 @@ GROUP_SIZES = (128, 64, 32)
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with a checkpoint, or a model's id on the hub")
+    add("model", metavar="MODEL", help="a folder with a checkpoint, a GGUF file, or a model's id on the hub")
     add("--revision", help="branch, tag or commit on the hub (default: main); it is pinned to the commit")
     add("--scheme", type=_scheme, metavar="|".join(SCHEMES), help="default: fp8-dynamic, or as-is if quantised already")
     add("--out", type=Path, help="the snapshot's folder (default: snapshots/NAME-SCHEME in the clone)")
