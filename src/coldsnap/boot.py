@@ -22,6 +22,7 @@ from coldsnap.caches import boot_caches as caches
 from coldsnap.caches.boot_caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
 from coldsnap.errors import BootError
+from coldsnap.foundation import memory
 from coldsnap.records.schema import ColdStart, origin
 from coldsnap.settings import Settings
 from coldsnap.snapshot import sources
@@ -133,6 +134,7 @@ def boot(
         _AfterFork(supply.weights.engine_starts, "verify_weights")
     name = manifest.served_model_name if manifest else settings.model_name
     names = settings.served_model_name or ((name,) if name else ())
+    kills = memory.kills()
     try:
         engine = vllm_engine.boot(
             model=str(supply.folder or settings.model_name),
@@ -146,9 +148,11 @@ def boot(
             mark=timeline.mark,
             warn=_warn,
         )
-    except BootError:
-        if supply.weights is not None:
-            supply.weights.result()  # a damaged file is the better reason
+    except BootError as error:
+        if "configure" in timeline.phases:  # before that nothing has read the weights
+            if supply.weights is not None:
+                supply.weights.result()  # a damaged file is the better reason
+            fitness.check_kills(kills, error)
         raise
     for name, spare in spares.items():
         timeline.beside[name] = spare.result()

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from coldsnap.errors import Unfit
-from coldsnap.foundation.memory import available_memory
+from coldsnap.errors import BootError, Unfit
+from coldsnap.foundation import memory
 from coldsnap.foundation.nvml import driver
 
 _LEAST_DISK = 100 << 20
@@ -46,12 +46,22 @@ def check(
     whether the image has CUDA's forward compatibility; `nvml` stands in for pynvml.
     """
     _disk(scratch)
-    _memory(available_memory(proc, cgroups), _LEAST_MEMORY + (0 if gpu else weights))
+    _memory(memory.available_memory(proc, cgroups), _LEAST_MEMORY + (0 if gpu else weights))
     _open_files()
     if gpus > 1:
         _shared_memory(shared, gpus)
     if gpu:
         _gpus(nvml or driver(), weights, None if any_driver else _runtime())
+
+
+def check_kills(before: int, error: BootError) -> None:
+    """Raise `Unfit` instead of `error` if since `before` the kernel has ended a process because memory ran out."""
+    if memory.kills() > before:
+        raise Unfit(
+            "memory",
+            "the kernel ended a process of the engine because the container's memory was used up: choose a worker with "
+            f"more host memory, or a smaller model or KV cache (vLLM: {error.message})",
+        ) from error
 
 
 def _disk(scratch: Path) -> None:

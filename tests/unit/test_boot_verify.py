@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from coldsnap import boot, fitness
 from coldsnap.engine import EngineInfo
-from coldsnap.errors import EngineBootError, SnapshotError
+from coldsnap.errors import EngineBootError, SettingsError, SnapshotError, Unfit
+from coldsnap.foundation import memory
 from coldsnap.settings import ROOT, Settings
 from coldsnap.snapshot import sources
 from coldsnap.testing.fake_engine import FakeEngine
@@ -69,7 +71,8 @@ def test_an_engine_that_has_loaded_wrong_weights_is_stopped(folder: Path, monkey
 def test_weights_that_the_engine_chokes_on_are_the_reason_and_not_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choke(**_: object) -> None:
+    def choke(*, mark: Callable[[str], None], **_: object) -> None:
+        mark("configure")
         raise EngineBootError("Engine core initialization failed")
 
     with pytest.raises(EngineBootError, match="initialization failed"):
@@ -77,6 +80,29 @@ def test_weights_that_the_engine_chokes_on_are_the_reason_and_not_its_own(
     flip(folder / WEIGHTS)
     with pytest.raises(SnapshotError, match=f"{WEIGHTS}: expected BLAKE3 "):
         booted(folder, choke, monkeypatch)
+
+
+def test_a_wrong_setting_is_said_without_waiting_for_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise SettingsError("MAX_MODEL_LEN: expected a number")
+
+    flip(folder / WEIGHTS)  # would be said, if anybody waited for it
+    with pytest.raises(SettingsError, match="MAX_MODEL_LEN"):
+        booted(folder, refuse, monkeypatch)
+
+
+def test_an_engine_that_the_kernel_ended_for_its_memory_is_said_to_be_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([1, 2])
+    monkeypatch.setattr(memory, "kills", lambda: next(counts))
+
+    def die(*, mark: Callable[[str], None], **_: object) -> None:
+        mark("configure")
+        raise EngineBootError("Engine core initialization failed")
+
+    with pytest.raises(Unfit, match=r"^memory: .* memory was used up.*\(vLLM: Engine core initialization failed\)$"):
+        booted(folder, die, monkeypatch)
 
 
 def test_a_wrong_configuration_is_refused_before_the_engine_starts(

@@ -80,6 +80,7 @@ class Hashing:
             [sys.executable, "-c", _PROGRAM, str(folder), str(files_at_once)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C at a terminal is the worker's; this ends with it, without a traceback
         )
         self._begun = False
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coldsnap.foundation.memory import available_memory
+from coldsnap.foundation.memory import available_memory, kills
 
 GIB = 1 << 30
 MEMINFO = f"MemTotal: 99999999 kB\nMemAvailable: {16 * GIB // 1024} kB\n"
@@ -24,7 +24,9 @@ def cgroup(folder: Path, limit: str, usage: int, cache: int, *, version: int = 2
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{usage}\n")
-    (folder / "memory.stat").write_text(f"anon 1\n{'file' if version == 2 else 'total_cache'} {cache}\n")
+    prefix = "" if version == 2 else "total_"
+    lists = f"{prefix}active_file {cache // 2}\n{prefix}inactive_file {cache - cache // 2}\n"
+    (folder / "memory.stat").write_text(f"anon 1\nfile {usage}\ntotal_cache {usage}\n{lists}")
 
 
 def test_without_cgroups_it_is_the_hosts(proc: Path, tmp_path: Path) -> None:
@@ -55,3 +57,26 @@ def test_more_used_than_allowed_is_none_left(proc: Path, tmp_path: Path) -> None
     (proc / "self" / "cgroup").write_text("0::/\n")
     cgroup(tmp_path / "cg", str(GIB), 2 * GIB, 0)
     assert available_memory(proc, tmp_path / "cg") == 0
+
+
+def test_what_lies_in_shared_memory_is_used_and_not_cache(proc: Path, tmp_path: Path) -> None:
+    (proc / "self" / "cgroup").write_text("0::/\n")
+    cgroup(tmp_path / "cg", str(8 * GIB), 5 * GIB, 0)  # `file` and `total_cache` count it
+    assert available_memory(proc, tmp_path / "cg") == 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "file"),
+    [("0::/a", "a", "memory.events"), ("4:memory:/a", "memory/a", "memory.oom_control")],
+)
+def test_the_kernels_kills_are_those_of_this_processs_own_group(
+    proc: Path, tmp_path: Path, line: str, folder: str, file: str
+) -> None:
+    assert kills(proc, tmp_path / "cg") == 0
+    (proc / "self" / "cgroup").write_text(f"{line}\n")
+    own = tmp_path / "cg" / folder
+    own.mkdir(parents=True)
+    assert kills(proc, tmp_path / "cg") == 0
+    (own / file).write_text("oom 3\noom_kill 2\n")
+    (own.parent / file).write_text("oom 3\noom_kill 7\n")
+    assert kills(proc, tmp_path / "cg") == 2

@@ -107,6 +107,12 @@ def test_a_process_that_was_killed_is_no_proof(folder: Path) -> None:
         hashing.result()
 
 
+def test_a_ctrl_c_at_the_terminal_does_not_reach_the_process(folder: Path) -> None:
+    hashing = Hashing(folder, [])
+    assert os.getpgid(hashing._process.pid) != os.getpgid(0)
+    hashing.end()
+
+
 def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "endless")  # whoever reads it waits for a writer
     hashing = Hashing(tmp_path, ["endless"])
