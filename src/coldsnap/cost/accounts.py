@@ -17,11 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coldsnap.cost.energy import EnergyCounters, EnergyShares, Reading
 from coldsnap.cost.equal_split import EqualSplit
-from coldsnap.cost.shares import Ledger
+from coldsnap.cost.shares import RECOMPUTED, Ledger, Step
 from coldsnap.cost.step_reader import Frame, StepReader
 from coldsnap.engine import Meter, Usage
 
@@ -54,6 +53,9 @@ class Account:
     steps: int = 0
     batch: int = 0
     """Steps that its requests were in, and the sizes of those steps' batches, summed."""
+    prompt: int = 0
+    decoded: int = 0
+    """Tokens that its requests' steps have computed."""
     joules: float = 0.0
     split: tuple[float, float] = (0.0, 0.0)
     """The call's seconds by the equal split since the last frame: before and after its first output."""
@@ -90,8 +92,9 @@ class Accounts:
         self._estimated: str | None = None
         self._frames = 0
         self._payers: dict[int, Account] = {}
-        self._met = np.zeros((64, 2), np.int64)
-        """For each request's number: the steps it was in, and the sizes of their batches, summed."""
+        self._met = np.zeros((64, 4), np.int64)
+        """For each request's number, summed: the steps it was in, the sizes of their batches, and the tokens of its
+        prompt and of its decoding that were computed."""
         self._open: dict[str, list[Account]] = {}
         if unmetered:
             self._estimate(unmetered)
@@ -168,6 +171,9 @@ class Accounts:
             meter.gpu_seconds += account.prefill + account.decode
             meter.steps += account.steps
             meter.batch += account.batch
+            if account.first is None:  # cut before an output came: an answer that is not streamed has one at its end
+                meter.prompt_tokens += account.prompt
+                meter.completion_tokens += account.decoded
         if not account.settled.done():
             account.settled.set_result(None)
 
@@ -186,7 +192,7 @@ class Accounts:
             else:
                 self._bind(number, name)
         self._ledger.charge(frame.step, frame.metering)
-        self._meet(frame.step.numbers)
+        self._meet(frame.step)
         self._read_energy()
         self._since = self._split.look()
 
@@ -222,25 +228,29 @@ class Accounts:
         prefill, decode = self._ledger.take(number)
         account.prefill += prefill
         account.decode += decode
-        steps, batch = self._part(number)
+        steps, batch, prompt, decoded = self._part(number)
         account.steps += steps
         account.batch += batch
+        account.prompt += prompt
+        account.decoded += decoded and decoded + 1  # the prompt's last step gives the first
 
-    def _meet(self, numbers: NDArray[np.intp]) -> None:
-        """Count a step and its size for each request in it."""
+    def _meet(self, step: Step) -> None:
+        """Count a step, its size and its tokens for each request in it."""
+        numbers = step.numbers
         if not len(numbers):
             return
         if (highest := int(numbers.max())) >= len(self._met):
-            self._met = np.concatenate((self._met, np.zeros((highest + 1, 2), np.int64)))
-        self._met[numbers] += (1, len(numbers))
+            self._met = np.concatenate((self._met, np.zeros((highest + 1, 4), np.int64)))
+        self._met[numbers, :2] += (1, len(numbers))
+        self._met[numbers, 2:] += (0, 1) if step.plain else step.tokens[:, :RECOMPUTED].astype(np.int64)
 
-    def _part(self, number: int) -> tuple[int, int]:
-        """Return the request's steps and their sizes, and forget them: its number may be given again."""
+    def _part(self, number: int) -> tuple[int, int, int, int]:
+        """Return the request's steps, their sizes and its tokens, and forget them: its number may be given again."""
         if number >= len(self._met):
-            return 0, 0
-        steps, batch = self._met[number].tolist()
+            return 0, 0, 0, 0
+        steps, batch, prompt, decoded = self._met[number].tolist()
         self._met[number] = 0
-        return steps, batch
+        return steps, batch, prompt, decoded
 
     def _drain(self) -> None:
         if self.reader is not None:

@@ -91,6 +91,16 @@ async def test_an_aborted_call_pays_until_the_engine_lets_go(bench: Bench) -> No
     assert meter.gpu_seconds == pytest.approx(2.0)
 
 
+async def test_a_call_that_is_cut_before_an_output_came_counts_the_tokens_of_its_steps(bench: Bench) -> None:
+    account, meter = bench.open("job")
+    bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
+    bench.frame({0: (0, 1, 0)})
+    bench.frame({0: (0, 1, 0)})
+    bench.accounts.close(account, aborted=True)
+    bench.frame(gone=(0,))
+    assert (meter.prompt_tokens, meter.completion_tokens) == (10, 3)  # the prompt's last step gives the first
+
+
 async def test_an_aborted_call_waits_no_longer_than_a_second(bench: Bench) -> None:
     account, meter = bench.open("job")
     bench.frame({0: (10, 0, 0)}, begin={0: "job-0123abcd"})
