@@ -51,6 +51,17 @@ def test_the_names_of_the_engines_arguments_are_in_the_source_that_is_read_befor
     assert {"max_model_len", "enforce_eager", "tensor_parallel_size"} <= names
 
 
+def test_no_address_that_a_job_names_is_fetched_by_default(offline: None) -> None:
+    from vllm.multimodal.media.connector import MediaConnector
+
+    connector = MediaConnector(allowed_media_domains=vllm_release.defaults({}, {})["allowed_media_domains"])
+    for address in ("http://127.0.0.1:1/a.png", "https://example.com/a.png"):
+        with pytest.raises(ValueError, match="none but those in ALLOWED_MEDIA_DOMAINS"):
+            connector.fetch_image(address)
+    with pytest.raises((ValueError, RuntimeError), match="allowed-local-media-path"):
+        connector.fetch_image("file:///etc/passwd")
+
+
 # Exceptions.
 
 EXPECTED: dict[str, tuple[type[ColdsnapError], int]] = {
