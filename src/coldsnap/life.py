@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from coldsnap import timeline
 from coldsnap.boot import Booted
@@ -103,15 +104,14 @@ class Life:
         def gpu_seconds(seconds: float) -> float:
             return round(seconds * gpus, 6)
 
+        headings: dict[str, Any] = {
+            f"{name}_gpu_seconds": gpu_seconds(each) for name, each in totals.headings.by_name().items()
+        }
         return Worker(
             **origin(settings, engine.info),
             final=final,
             gpu_seconds=gpu_seconds(totals.total),
-            cold_gpu_seconds=gpu_seconds(totals.cold),
-            busy_gpu_seconds=gpu_seconds(totals.busy),
-            overhead_gpu_seconds=gpu_seconds(totals.overhead),
-            idle_gpu_seconds=gpu_seconds(totals.idle),
-            drain_gpu_seconds=gpu_seconds(totals.drain),
+            **headings,
             overhead_causes={cause: gpu_seconds(each) for cause, each in totals.causes.items()},
             joules=_since(self._at_ready.joules, usage.joules),
             request_joules=_since(self._at_ready.request_joules, usage.request_joules),

@@ -22,6 +22,7 @@ import pytest
 import pytest_asyncio
 
 from coldsnap import cli
+from coldsnap.cost.books import HEADINGS
 from coldsnap.desk.report import figures, source, store
 from coldsnap.testing import Job, JobFailed
 
@@ -249,7 +250,7 @@ async def test_the_page_says_the_sums(run: Run, tmp_path: Path, capsys: pytest.C
     page = tmp_path / "page.html"
     assert cli.main(["report", str(run.ledger), "--html", str(page)]) == 0
     said = page.read_text("utf-8"), capsys.readouterr().out
-    for part in figures.PARTS:
+    for part in HEADINGS:
         assert all(f"{run.last[f'{part}_gpu_seconds']:,.3f}" in text for text in said)
     shares = sum(record["gpu_seconds"] for record in run.of("request"))
     assert all(f"{shares:,.3f}" in text for text in said)

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from coldsnap.boot import Booted
+from coldsnap.cost.books import HEADINGS
 from coldsnap.engine import EngineInfo, Usage
 from coldsnap.life import Life
 from coldsnap.records.sink import LEDGER, Sink
@@ -17,7 +18,6 @@ from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
 
 INFO = EngineInfo("0.32.0", "NVIDIA H200", 2, ("demo",), 512)
-PARTS = ("cold", "busy", "overhead", "idle", "drain")
 
 
 class Bench(FakeEngine):
@@ -94,7 +94,7 @@ def test_the_parts_add_up_times_the_gpus(bench: Bench) -> None:
     bench.now += 2.3
     bench.life.end()
     record = bench.written[-1]
-    assert [record[f"{part}_gpu_seconds"] for part in PARTS] == pytest.approx([16.0, 6.0, 1.5, 12.5, 4.6])
+    assert [record[f"{part}_gpu_seconds"] for part in HEADINGS] == pytest.approx([16.0, 6.0, 1.5, 12.5, 4.6])
     assert record["gpu_seconds"] == pytest.approx(40.6)
     assert record["billed_seconds"] == 21
     assert record["usd"] == pytest.approx(21 * 2 * 0.00155)

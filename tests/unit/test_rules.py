@@ -118,7 +118,7 @@ BORDERS = {"errors", "engine", "settings", "timeline", "processes", "patches"}
 ARROWS: Mapping[str, set[str]] = {
     "foundation": set(),
     "cost": {"foundation"},
-    "records": {"foundation"},
+    "records": {"foundation", "cost"},
     "snapshot": {"foundation", "records"},
     "vllm": {"cost"},
     "caches": {"foundation", "records", "snapshot", "vllm"},

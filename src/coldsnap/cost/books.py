@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from coldsnap.engine import Usage
 
 
 @dataclass(frozen=True, slots=True)
+class Headings:
+    """What a worker's seconds, or its GPU-seconds, went into."""
+
+    cold: float = 0.0
+    """From the start of the process to ready."""
+    busy: float = 0.0
+    """Requests' shares of the engine's steps."""
+    overhead: float = 0.0
+    """Steps that were nobody's."""
+    idle: float = 0.0
+    """Waiting for requests."""
+    drain: float = 0.0
+    """Waiting after SIGTERM."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.by_name().values())
+
+    def __add__(self, other: Headings) -> Headings:
+        mine, others = self.by_name(), other.by_name()
+        return Headings(**{name: mine[name] + others[name] for name in HEADINGS})
+
+    def by_name(self) -> dict[str, float]:
+        """Return the seconds by the heading's name, in order."""
+        return asdict(self)
+
+
+HEADINGS = tuple(field.name for field in fields(Headings))
+"""Whatever else has to know the headings has them from here; a test names those that cannot, such as SQL."""
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
-    """A worker's life so far, in seconds: `total` is the sum of the other five."""
+    """A worker's life so far, in seconds: `total` is the sum of the headings."""
 
     total: float
-    cold: float
-    busy: float
-    overhead: float
-    idle: float
-    drain: float
+    headings: Headings
     causes: Mapping[str, float]
     """The overhead by cause."""
 
@@ -65,4 +93,4 @@ class Books:
             since, at_drain = self._draining
             drain = max(0.0, now - since - (usage.spent - at_drain.spent))
         idle = total - cold - busy - overhead - drain
-        return Totals(total, cold, busy, overhead, idle, drain, causes)
+        return Totals(total, Headings(cold, busy, overhead, idle, drain), causes)

@@ -1,4 +1,4 @@
 """What a worker writes down: the schema of its records, the file, the bucket and the gateway they go to.
 
-It may import `foundation` and the settings. It does not know how the figures came about.
+It may import `foundation`, the settings and the headings of `cost`. It does not know how the figures came about.
 """

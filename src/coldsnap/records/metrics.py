@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
 _TIMEOUT_SECONDS = 5.0
-_STATES = ("cold", "busy", "overhead", "idle", "drain")
 _GPU_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Upper bounds of the histogram's buckets."""
 _KINDS = ("prompt", "cached", "completion")
@@ -71,9 +70,9 @@ class Metrics:
             for phase, seconds in record.phases.items():
                 self._cold.labels(phase).set(seconds)
         elif isinstance(record, Worker):
-            for state in _STATES:
+            for state, seconds in record.headings().by_name().items():
                 # Shares that lose their owner move from busy to overhead, but a counter never goes back.
-                self._totals[state] = max(self._totals.get(state, 0.0), getattr(record, f"{state}_gpu_seconds"))
+                self._totals[state] = max(self._totals.get(state, 0.0), seconds)
             self._worker = record
 
     def collect(self) -> Iterator[Metric]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
+from coldsnap.cost.books import HEADINGS, Headings
 from coldsnap.engine import EngineInfo, Fit, Limits
 from coldsnap.settings import Settings
 
@@ -166,6 +167,10 @@ class Worker(Record):
     estimated: bool
     estimated_because: str | None
     fit: Fit | None
+
+    def headings(self) -> Headings:
+        """Return the GPU-seconds by heading."""
+        return Headings(**{name: getattr(self, f"{name}_gpu_seconds") for name in HEADINGS})
 
 
 Line = Annotated[ColdStart | Request | Worker, Field(discriminator="record")]

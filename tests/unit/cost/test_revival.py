@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from coldsnap.boot import Booted
+from coldsnap.cost.books import HEADINGS
 from coldsnap.cost.revival import Clocks, Revival, Watch
 from coldsnap.engine import EngineInfo, Usage
 from coldsnap.jobs.job import Jobs
@@ -21,7 +22,6 @@ from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
 
 INFO = EngineInfo("0.32.0", "NVIDIA H200", 2, ("demo",), 512)
-PARTS = ("cold", "busy", "overhead", "idle", "drain")
 
 
 class Machine:
@@ -135,6 +135,6 @@ def test_the_books_close_without_the_time_away(worker: Worker, away: str) -> Non
     record = worker.records("worker")[-1]
     lived = 8.0 + 5.0 + 2.0 + 3.0 + (1.0 if away == "runs" else 0.0)  # a look that was due is not a freeze
     assert record["gpu_seconds"] == pytest.approx(2 * lived)
-    assert sum(record[f"{part}_gpu_seconds"] for part in PARTS) == pytest.approx(record["gpu_seconds"])
+    assert sum(record[f"{part}_gpu_seconds"] for part in HEADINGS) == pytest.approx(record["gpu_seconds"])
     assert record["idle_gpu_seconds"] == pytest.approx(2 * (lived - 8.0 - 1.0 - 3.0))
     assert record["drain_gpu_seconds"] == pytest.approx(2 * 3.0)

@@ -167,9 +167,15 @@ def test_every_second_has_one_owner(
     usage = ledger.usage()
     totals = books.totals(clock, usage)
     assert totals.total == pytest.approx(clock - started)
-    assert totals.total == pytest.approx(totals.cold + totals.busy + totals.overhead + totals.idle + totals.drain)
-    assert totals.busy == pytest.approx(paid)
-    assert totals.idle == pytest.approx(idle, abs=1e-6)
+    assert totals.total == pytest.approx(
+        totals.headings.cold
+        + totals.headings.busy
+        + totals.headings.overhead
+        + totals.headings.idle
+        + totals.headings.drain
+    )
+    assert totals.headings.busy == pytest.approx(paid)
+    assert totals.headings.idle == pytest.approx(idle, abs=1e-6)
     assert totals.billed >= totals.total > totals.billed - 1
     assert set(usage.overhead) == {RECOMPUTE, EMPTY, LOST, TAIL}
 
@@ -183,7 +189,9 @@ def test_what_ran_before_ready_is_cold_start_and_a_drain_holds_only_what_is_not_
     books.drain(13.0, Usage())
     ledger.charge(make_step([((10, 0, 0), 0)], 1.5, start=12.0))
     totals = books.totals(15.0, ledger.usage())
-    assert (totals.cold, totals.busy, totals.idle, totals.drain) == pytest.approx((7.0, 3.5, 3.0, 1.5))
+    assert (totals.headings.cold, totals.headings.busy, totals.headings.idle, totals.headings.drain) == pytest.approx(
+        (7.0, 3.5, 3.0, 1.5)
+    )
 
 
 def test_a_number_is_grown_into_and_taken_once() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from coldsnap import cli
+from coldsnap.cost.books import HEADINGS
 from coldsnap.cost.shares import EMPTY, LOST, RECOMPUTE, TAIL
 from coldsnap.desk.report import api, figures, notation, source, store
 from coldsnap.desk.report.command import when
@@ -61,7 +62,7 @@ def request(at: float, prefill: float, decode: float, **more: Any) -> Record:
 
 
 def worker(at: float, parts: tuple[float, ...], *, final: bool, **more: Any) -> Record:
-    names = [f"{part}_gpu_seconds" for part in figures.PARTS]
+    names = [f"{part}_gpu_seconds" for part in HEADINGS]
     fields = {
         "final": final, "gpu_seconds": sum(parts), **dict(zip(names, parts, strict=True)),
         "overhead_causes": {"empty": parts[2]}, "billed_seconds": -int(-sum(parts) // 1), "price_per_second": PRICE,

@@ -12,13 +12,14 @@ import orjson
 import pytest
 from starlette.requests import Request as HttpRequest
 
+from coldsnap.cost.books import Headings
 from coldsnap.desk.serve.control_plane import ControlPlane
 from coldsnap.desk.serve.endpoint import Endpoint
 from coldsnap.desk.serve.fleet import Fleet, WorkerProcess
 from coldsnap.desk.serve.job import Job, JobState
 from coldsnap.desk.serve.page import Page, link
 from coldsnap.desk.serve.scaler import Scaling
-from coldsnap.desk.serve.split import Account, Split
+from coldsnap.desk.serve.split import Account
 from coldsnap.desk.serve.store import Store
 from coldsnap.desk.serve.transcript import SHOWN, Transcript
 from coldsnap.desk.serve.view import View
@@ -139,27 +140,27 @@ class TestSplit:
         return account
 
     def test_until_a_worker_is_ready_all_is_cold_start(self) -> None:
-        assert Account().split(100, 103, None) == Split(cold=3)
+        assert Account().split(100, 103, None) == Headings(cold=3)
 
     def test_an_idle_worker_idles(self) -> None:
-        assert self.account().split(100, 110, None) == Split(cold=8, idle=12)
+        assert self.account().split(100, 110, None) == Headings(cold=8, idle=12)
 
     def test_what_requests_report_is_busy_and_a_job_that_runs_too(self) -> None:
         account = self.account(request(106, gpu_seconds=3.0))
-        assert account.split(100, 110, None) == Split(cold=8, busy=3, idle=9)
-        assert account.split(100, 110, 105) == Split(cold=8, busy=3 + 8, idle=1)  # none is counted twice
-        assert account.split(100, 110, 109) == Split(cold=8, busy=3 + 2, idle=7)
+        assert account.split(100, 110, None) == Headings(cold=8, busy=3, idle=9)
+        assert account.split(100, 110, 105) == Headings(cold=8, busy=3 + 8, idle=1)  # none is counted twice
+        assert account.split(100, 110, 109) == Headings(cold=8, busy=3 + 2, idle=7)
 
     def test_the_worker_s_own_books_put_it_right(self) -> None:
         account = self.account(request(106, gpu_seconds=15.0), totals(120))
-        assert account.split(100, 120, None) == Split(8, 20, 2, 10, 0)
-        assert account.split(100, 125, None) == Split(8, 20, 2, 20, 0)
+        assert account.split(100, 120, None) == Headings(8, 20, 2, 10, 0)
+        assert account.split(100, 125, None) == Headings(8, 20, 2, 20, 0)
         account.add(request(122, gpu_seconds=7.0))  # of which 5 were in the books already
-        assert account.split(100, 125, None) == Split(8, 22, 2, 18, 0)
+        assert account.split(100, 125, None) == Headings(8, 22, 2, 18, 0)
 
     def test_nothing_comes_after_the_last_books_of_a_worker(self) -> None:
         account = self.account(totals(120, final=True, drain_gpu_seconds=4.0, idle_gpu_seconds=6.0))
-        assert account.split(100, 120.5, None) == Split(8, 20, 2, 6, 4)
+        assert account.split(100, 120.5, None) == Headings(8, 20, 2, 6, 4)
 
     def test_a_revived_worker_keeps_its_own_cold_start(self) -> None:
         account = self.account(cold(150, boot="revived", revival="frozen", seconds=0.0, phases={}))

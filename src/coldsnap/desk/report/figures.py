@@ -13,10 +13,10 @@ from typing import Any
 
 import duckdb
 
+from coldsnap.cost.books import HEADINGS
 from coldsnap.desk.report.api import Rate, Rates
 
 BY = {"model": "model", "endpoint": "endpoint_id", "day": "strftime(time, '%Y-%m-%d')"}
-PARTS = ("cold", "busy", "overhead", "idle", "drain")
 _POINTS = 1000
 """Requests drawn in a plot, at most."""
 _DEAREST = 10
@@ -109,8 +109,8 @@ def gather(database: duckdb.DuckDBPyConnection, by: str, rates: Rates | None, bi
     economy = _economy(_one(database, _ECONOMY))
     return Figures(
         about=about,
-        spent={part: spent[part] for part in PARTS},
-        spent_usd={part: spent[f"{part}_usd"] if not spent["unpriced"] else None for part in PARTS},
+        spent={part: spent[part] for part in HEADINGS},
+        spent_usd={part: spent[f"{part}_usd"] if not spent["unpriced"] else None for part in HEADINGS},
         causes={row["cause"]: row["seconds"] for row in _rows(database, _CAUSES)},
         joules=spent["joules"],
         request_joules=spent["request_joules"],
@@ -207,17 +207,14 @@ SELECT strftime(greatest(min(begun), (SELECT since FROM period)), '%Y-%m-%d %H:%
 FROM lives
 """
 
-_SPENT = """
-SELECT coalesce(sum(cold), 0) AS cold, coalesce(sum(busy), 0) AS busy, coalesce(sum(overhead), 0) AS overhead,
-    coalesce(sum(idle), 0) AS idle, coalesce(sum(drain), 0) AS drain,
-    sum(cold * price) AS cold_usd, sum(busy * price) AS busy_usd, sum(overhead * price) AS overhead_usd,
-    sum(idle * price) AS idle_usd, sum(drain * price) AS drain_usd,
+_SPENT = f"""
+SELECT {", ".join(f"coalesce(sum({part}), 0) AS {part}, sum({part} * price) AS {part}_usd" for part in HEADINGS)},
     coalesce(bool_or(price IS NULL), true) AS unpriced,
     coalesce(sum(gpu_seconds / gpu_count), 0) AS worker_seconds, coalesce(sum(billed_seconds), 0) AS billed_seconds,
     CASE WHEN NOT coalesce(bool_or(price IS NULL), true) THEN sum(billed_seconds * gpu_count * price) END AS billed_usd,
     sum(joules) AS joules, sum(request_joules) AS request_joules, coalesce(sum(unwritten), 0)::BIGINT AS unwritten
 FROM lives
-"""
+"""  # noqa: S608 -- the names are ours
 
 _CAUSES = """
 SELECT cause, sum(seconds) AS seconds FROM (

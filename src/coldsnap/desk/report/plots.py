@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from coldsnap.cost.books import HEADINGS
 from coldsnap.desk.report import notation
-from coldsnap.desk.report.figures import PARTS, ApiCost, Economy, Row
+from coldsnap.desk.report.figures import ApiCost, Economy, Row
 
 INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
-PART = {part: f"#05050{place}" for place, part in enumerate(PARTS)}
+PART = {part: f"#05050{place}" for place, part in enumerate(HEADINGS)}
 ACCENT, SECOND = "#060601", "#060602"
 _VARIABLES = {
     INK: "currentColor",

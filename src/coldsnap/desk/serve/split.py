@@ -8,32 +8,9 @@ next record puts that right. A worker that was killed wrote no last one: its boo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from coldsnap.cost.books import Headings
 from coldsnap.records.schema import ColdStart, Request, Worker
-
-
-@dataclass(slots=True)
-class Split:
-    """GPU-seconds. `cold` is from the process's start to ready."""
-
-    cold: float = 0.0
-    busy: float = 0.0
-    overhead: float = 0.0
-    idle: float = 0.0
-    drain: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.cold + self.busy + self.overhead + self.idle + self.drain
-
-    def add(self, other: Split) -> None:
-        """Add another worker's."""
-        self.cold += other.cold
-        self.busy += other.busy
-        self.overhead += other.overhead
-        self.idle += other.idle
-        self.drain += other.drain
 
 
 class Account:
@@ -62,33 +39,25 @@ class Account:
         """How many GPUs the worker has; 1 until it has said so."""
         return 1 if self.cold_start is None else self.cold_start.gpu_count
 
-    def split(self, begun: float, now: float, jobs_since: float | None) -> Split:
+    def split(self, begun: float, now: float, jobs_since: float | None) -> Headings:
         """Return where the GPU-seconds went from `begun` to `now`, `time.monotonic()` of this machine.
 
         `now` is the worker's end, if it has ended. It has had jobs since `jobs_since`, None if it has none.
         """
         if self.cold_start is None:
-            return Split(cold=now - begun)
+            return Headings(cold=now - begun)
         if (books := self.totals) is None:
-            split = Split(cold=self.cold_start.seconds * self.gpus)
+            split = Headings(cold=self.cold_start.seconds * self.gpus)
             since = self.cold_start.monotonic
         else:
-            split = Split(
-                books.cold_gpu_seconds,
-                books.busy_gpu_seconds,
-                books.overhead_gpu_seconds,
-                books.idle_gpu_seconds,
-                books.drain_gpu_seconds,
-            )
+            split = books.headings()
             since = books.monotonic
         tail = 0.0 if books and books.final else max(0.0, now - since) * self.gpus
         busy = max(0.0, self._busy - split.busy)
         if jobs_since is not None:
             busy += max(0.0, now - max(since, self._last_end, jobs_since)) * self.gpus
         busy = min(busy, tail)
-        split.busy += busy
-        split.idle += tail - busy
-        return split
+        return split + Headings(busy=busy, idle=tail - busy)
 
     def billed(self, begun: float, now: float) -> int:
         """Return the GPU-seconds that the platform would bill: a worker's life, rounded up to the second."""

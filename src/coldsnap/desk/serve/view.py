@@ -13,11 +13,12 @@ import time
 import orjson
 
 from coldsnap.cost import prices
+from coldsnap.cost.books import Headings
 from coldsnap.desk.serve.endpoint import Endpoint
 from coldsnap.desk.serve.fleet import Fleet, WorkerProcess
 from coldsnap.desk.serve.job import JobState
 from coldsnap.desk.serve.rows import Row, Rows
-from coldsnap.desk.serve.split import Account, Split
+from coldsnap.desk.serve.split import Account
 from coldsnap.desk.serve.watch import Log
 from coldsnap.records.schema import ColdStart, Request
 
@@ -86,9 +87,9 @@ class View:
         plane, scaling = self._endpoint.plane, self._endpoint.scaling
         workers = list(self._workers.values())
         boots = [each.account.cold_start for each in workers if each.account.cold_start]
-        spent, billed, usd = Split(), 0, 0.0
+        spent, billed, usd = Headings(), 0, 0.0
         for each in workers:
-            spent.add(self._split(each, now))
+            spent += self._split(each, now)
             seconds = each.account.billed(each.process.begun, each.process.ended or now)
             billed += seconds
             usd += seconds * (self._price(each.account).per_second or 0.0)
@@ -123,7 +124,7 @@ class View:
             "requests": self._rows.newest(now),
             "rate": self._rows.rate(now),
             **self._rows.latency(),
-            "spent": _split(spent),
+            "spent": _rounded(spent),
             "billed": billed,
             "usd": usd if price is not None and price.per_second is not None else None,
             "price": None if price is None else {"per_second": price.per_second, "origin": price.origin},
@@ -157,10 +158,10 @@ class View:
             "idle": _ago(now, client.idle_since) if client else None,
             "says": worker.log.said if boot is None else None,
             "boot": None if boot is None else _boot(boot),
-            "spent": _split(self._split(worker, now)),
+            "spent": _rounded(self._split(worker, now)),
         }
 
-    def _split(self, worker: _Seen, now: float) -> Split:
+    def _split(self, worker: _Seen, now: float) -> Headings:
         plane = self._endpoint.plane
         client = plane.workers.get(worker.process.id)
         running = [plane.jobs[name].timestamps.taken for name in client.running if name in plane.jobs] if client else []
@@ -187,12 +188,5 @@ def _boot(boot: ColdStart) -> Row:
     }
 
 
-def _split(split: Split) -> dict[str, float]:
-    parts = {
-        "cold": split.cold,
-        "busy": split.busy,
-        "overhead": split.overhead,
-        "idle": split.idle,
-        "drain": split.drain,
-    }
-    return {name: round(part, 3) for name, part in parts.items()}
+def _rounded(headings: Headings) -> dict[str, float]:
+    return {name: round(seconds, 3) for name, seconds in headings.by_name().items()}
