@@ -240,7 +240,7 @@ def stream(uri: str) -> None:
     timeline.mark("import_vllm")
     engine = vllm_engine.boot(
         model=uri, fixed={"load_format": "runai_streamer"}, manifest=ENGINE, environ=os.environ, engine_environ={},
-        digest=None, chunk_interval=0.004, metrics=False, mark=timeline.mark, warn=print,
+        digest=None, chunk_interval=0.004, stall_seconds=60.0, metrics=False, mark=timeline.mark, warn=print,
     )  # fmt: skip
     record = {"seconds": timeline.total, "phases": timeline.phases, "beside": {}}
     folder = Path(os.environ["COLDSNAP_LEDGER_DIR"])

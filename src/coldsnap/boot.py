@@ -144,6 +144,7 @@ def boot(
             engine_environ=others,
             digest=manifest.digest if manifest else None,
             chunk_interval=settings.chunk_interval_ms / 1000,
+            stall_seconds=settings.engine_stall_seconds,
             metrics=settings.metrics_push_url is not None,
             mark=timeline.mark,
             warn=_warn,

@@ -191,7 +191,7 @@ class Engine(Protocol):
         """Return what the engine's steps have cost since its boot."""
 
     def check(self) -> None:
-        """Raise `EngineDead` if the engine's process is known to be gone."""
+        """Raise `EngineDead` if the engine's process is known to be gone, `EngineStalled` if it makes no steps."""
 
     def close(self) -> None:
         """Stop the engine and its processes."""

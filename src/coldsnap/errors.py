@@ -177,3 +177,10 @@ class EngineDead(ColdsnapError):
     status = 500
     type = "EngineDeadError"
     survives = False
+
+
+class EngineStalled(EngineDead):
+    """The engine process is there and does nothing, which ends the worker like a dead one."""
+
+    status = 503
+    type = "EngineStalledError"

@@ -55,12 +55,27 @@ def end_at_signals() -> None:
 
 
 @contextlib.contextmanager
-def without_leaks() -> Iterator[None]:
-    """Remove the shared memory and the sockets' files of the child processes that are killed meanwhile."""
-    files = {file for child in children(os.getpid()) for file in _files(child)}
+def without_leaks(names: str) -> Iterator[None]:
+    """Remove the shared memory and the sockets' files of the child processes that are killed meanwhile.
+
+    Those whose name begins with `names` and that remain are killed here: a stopped one learns of no parent's end.
+    """
+    below = list(children(os.getpid()))
+    named = [pid for pid in below if _name(pid).startswith(names)]
+    files = {file for pid in below for file in _files(pid)}
     yield
+    for pid in named:
+        if _name(pid).startswith(names):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     for file in files:
         Path(file).unlink(missing_ok=True)
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):  # it has ended
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
 
 
 def _files(pid: int) -> Iterator[str]:

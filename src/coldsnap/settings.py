@@ -131,6 +131,13 @@ class Settings(BaseModel):
         le=86_400,
         description="How long running jobs may go on after SIGTERM before they end with an error.",
     )
+    engine_stall_seconds: float = Field(
+        60.0,
+        alias="ENGINE_STALL_SECONDS",
+        ge=1,
+        le=86_400,
+        description="How long an engine with requests may make no step before it counts as hung and the worker ends.",
+    )
     ledger_dir: Path = Field(
         ROOT / ".coldsnap",
         alias="COLDSNAP_LEDGER_DIR",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from coldsnap.snapshot.manifest import Quantization, Source, write_manifest
-from coldsnap.testing import ControlPlane, JobFailed
+from coldsnap.testing import ControlPlane, Job, JobFailed, JobState
 
 from .conftest import Boot
 from .worker import (
@@ -118,7 +118,15 @@ async def test_a_job_that_outlasts_drain_seconds_ends_with_an_error_that_names_i
         assert 0 < max(tokens) < 8 * LONG  # cut short
 
 
-async def test_a_killed_engine_fails_its_jobs_as_dead_and_ends_the_worker_with_1(new_worker: Boot) -> None:
+async def read(job: Job) -> None:
+    """Read a first chunk: the job cannot start again unnoticed."""
+    async for _ in job.stream():
+        return
+
+
+async def test_a_killed_engine_fails_the_jobs_that_were_read_leaves_the_others_and_ends_the_worker_with_1(
+    new_worker: Boot,
+) -> None:
     async with new_worker(DRAIN_SECONDS=PATIENT_DRAIN) as worker:
         body = {"prompt": QUESTION, **STEADY}
         jobs = [
@@ -127,18 +135,55 @@ async def test_a_killed_engine_fails_its_jobs_as_dead_and_ends_the_worker_with_1
             worker.openai("/v1/completions", body | {"stream": True}),
             worker.openai("/v1/completions", body),
         ]
-        await asyncio.gather(jobs[0].started(PATIENCE), jobs[2].started(PATIENCE))
+        streams = jobs[::2]
+        await asyncio.gather(*(read(job) for job in streams))
         (core,) = worker.engine("EngineCor")
         os.kill(core, signal.SIGKILL)
-        for job in jobs:
+        for job in streams:
             with pytest.raises(JobFailed) as caught:
                 await job.result(PATIENCE)
             assert DEAD in caught.value.error, caught.value.error
+        assert not any("[DONE]" in chunk for chunk in streams[1].chunks)
         assert await worker.ended() == 1
+        worker.plane.lose("worker-1", "it died")  # as `serve` does when the process has ended
+        assert [(job.state, job.attempts) for job in jobs[1::2]] == [(JobState.IN_QUEUE, 1)] * 2
         assert worker.stderr.count("coldsnap: the engine process is gone; the worker ends") == 1
         requests = [record for record in worker.records() if record["record"] == "request"]
         assert [record["error"] for record in requests] == ["EngineDeadError"] * 4
         assert worker.plane.violations == []
+
+
+async def test_a_stopped_engine_fails_its_jobs_as_stalled_and_ends_the_worker_with_1(new_worker: Boot) -> None:
+    async with new_worker(ENGINE_STALL_SECONDS="3", DRAIN_SECONDS=PATIENT_DRAIN) as worker:
+        assert text(await worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
+        await asyncio.sleep(4)  # an idle engine makes no step either
+        jobs = [
+            worker.ask(QUESTION, sampling_params=STEADY),
+            worker.openai("/v1/completions", {"prompt": QUESTION, **STEADY, "stream": True}),
+        ]
+        await asyncio.gather(*(read(job) for job in jobs))
+        (core,) = worker.engine("EngineCor")
+        os.kill(core, signal.SIGSTOP)
+        for job in jobs:
+            with pytest.raises(JobFailed, match="no step for ENGINE_STALL_SECONDS=3") as caught:
+                await job.result(PATIENCE)
+            assert '"type":"EngineStalledError"' in caught.value.error
+            assert '"code":503' in caught.value.error
+        assert await worker.ended() == 1
+        assert "ENGINE_STALL_SECONDS=3; this worker ends" in worker.stderr
+        assert worker.plane.violations == []
+
+
+async def test_sigterm_ends_a_worker_whose_engine_is_stopped(new_worker: Boot) -> None:
+    async with new_worker(DRAIN_SECONDS="1") as worker:
+        job = worker.ask(QUESTION, sampling_params=STEADY)
+        await job.started(PATIENCE)
+        for child in worker.engine(""):
+            os.kill(child, signal.SIGSTOP)
+        worker.process.send_signal(signal.SIGTERM)
+        with pytest.raises(JobFailed, match="DRAIN_SECONDS=1"):
+            await job.result(PATIENCE)
+        assert await worker.ended() == 0
 
 
 async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends_with_1(new_worker: Boot) -> None:

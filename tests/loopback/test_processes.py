@@ -85,7 +85,7 @@ def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
         memory = Path("/dev/shm") / child.stdout.readline().strip()
         assert memory.is_file()
         assert path.is_socket()
-        with processes.without_leaks():
+        with processes.without_leaks("VLLM::"):
             child.kill()
             child.wait()
             assert path.is_socket()
@@ -136,7 +136,7 @@ def test_what_a_child_has_tidied_up_itself_is_no_error(tmp_path: Path) -> None:
     ) as child:
         assert child.stdout is not None
         memory = shared_memory.SharedMemory(child.stdout.readline().strip())
-        with processes.without_leaks():
+        with processes.without_leaks("VLLM::"):
             memory.unlink()
             (tmp_path / "socket").unlink()
             child.kill()

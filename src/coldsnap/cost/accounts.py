@@ -112,6 +112,16 @@ class Accounts:
         """Note that the call's prefill is over, as far as an equal split can tell."""
         account.first = self._split.look()[0]
 
+    @property
+    def steps(self) -> int | None:
+        """How many steps have been reported, None where steps cannot be metered."""
+        return self._frames if self._estimated is None else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has calls to work on."""
+        return bool(self._open)
+
     def close(self, account: Account, *, aborted: bool) -> None:
         """Charge the job's meter: at once for a call that has ended, for an aborted one after its last step.
 

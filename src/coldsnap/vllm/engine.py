@@ -30,11 +30,14 @@ from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.calls import MeteredLLM
 from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
 from coldsnap.vllm.sampling import Sampling
+from coldsnap.vllm.stall import Watchdog
 
 if TYPE_CHECKING:
     from coldsnap.cost.accounts import Accounts
     from coldsnap.cost.energy import EnergyCounters
 
+_NAMES = "VLLM::"
+"""How vLLM's names for its processes begin."""
 _LOOK_SECONDS = 1.0
 """How often the engine is checked for being alive while its first answer is waited for."""
 _TEMPLATE_RESERVED = frozenset({
@@ -134,6 +137,7 @@ def boot(
     engine_environ: Mapping[str, str],
     digest: str | None,
     chunk_interval: float,
+    stall_seconds: float,
     metrics: bool,
     mark: Callable[[str], None],
     warn: Callable[[str], None],
@@ -179,7 +183,7 @@ def boot(
     vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     info = _info(config, tuple(args.served_model_name or [model]), digest, start_method)
-    return VllmEngine(llm, args, info, accounts)
+    return VllmEngine(llm, args, info, accounts, Watchdog(stall_seconds))
 
 
 def _info(
@@ -206,7 +210,7 @@ def _info(
 class VllmEngine:
     """The `Engine` of `coldsnap.engine`, on an `AsyncLLM` in this process and its core in a forked child."""
 
-    def __init__(self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts) -> None:
+    def __init__(self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts, watchdog: Watchdog) -> None:
         from vllm.renderers.params import ChatParams
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -214,6 +218,8 @@ class VllmEngine:
         self._llm = llm
         self._args = args
         self._accounts = accounts
+        self._watchdog = watchdog
+        self._warm = False
         self._app: asyncio.Future[Any] | None = None
         self._delta = RequestOutputKind.DELTA
         self._sampling = Sampling(SamplingParams, llm.model_config.get_diff_sampling_param(), translate)
@@ -285,6 +291,7 @@ class VllmEngine:
             while not (await asyncio.wait([answered], timeout=_LOOK_SECONDS))[0]:
                 self.check()
             answered.result()
+            self._warm = True
         except ColdsnapError as error:
             raise EngineBootError(f"the engine started but cannot answer: {error.message}") from error
         finally:
@@ -298,11 +305,14 @@ class VllmEngine:
         """See `Engine.check`."""
         if self._llm.errored:
             raise EngineDead("the engine process is gone")
+        # The first step may compile. What cannot be metered cannot be watched.
+        if self._warm and (steps := self._accounts.steps) is not None:
+            self._watchdog.look(steps, busy=self._accounts.busy)
 
     def close(self) -> None:
         """See `Engine.close`: killed, because vLLM would collect garbage for a next engine in two processes, 1.4 s."""
         logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)  # it warns that it has to kill
-        with processes.without_leaks():
+        with processes.without_leaks(_NAMES):
             self._llm.shutdown(timeout=0.0)
         self._accounts.end()
 
