@@ -103,7 +103,7 @@ class _Worker:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         if patches.allowed("dispatch", unlike=dispatch.differs(rp_scale.JobScaler)):
             urls = rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL
-            self._egress = Egress(self._jobs.handle, *urls, rp_scale.log.error)
+            self._egress = Egress(self._jobs.handle, *urls, rp_scale.log.error, lambda: self._dead is not None)
             self.handle_job = self._egress.handle_job
             rp_scale.JobScaler = dispatch.event_driven(rp_scale, self)
         else:

@@ -161,6 +161,7 @@ class Jobs:
                 if self._settings.cost_in_response:
                     stream = bill.in_stream(stream, lambda: self._bill(meter))
                 async for events in stream:
+                    self._engine.check()  # vLLM's own words about a dead engine, and [DONE], are not the job's end
                     yield events
                 self._engine.check()
                 return

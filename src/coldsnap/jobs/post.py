@@ -27,23 +27,31 @@ class _Origin(NamedTuple):
     port: int
 
 
+class Unsent(OSError):
+    """There was no connection, so the POST had no effect."""
+
+
 class Poster:
     """Posts from one event loop; as many at once as are asked for, each on a connection of its own."""
 
     def __init__(self) -> None:
         self._idle: dict[_Origin, list[_Connection]] = {}
 
-    async def post(self, url: str, headers: str, body: bytes) -> int:
-        """Return the status of the answer; `headers` are whole lines, each with its CRLF.
+    async def post(self, url: str, headers: str, body: bytes, line: bytes = b"") -> int:
+        """Return the status of the answer; `headers` and `line`, one more, are whole lines, each with its CRLF.
 
-        Raises OSError (TimeoutError included) when none came; the POST may have had its effect.
+        Raises OSError (TimeoutError included) when none came; unless it is `Unsent`, the POST may have had its effect.
         """
         origin, head = _head(url, headers)
         connection = self._kept(origin)
         if connection is None:
-            async with asyncio.timeout(_SECONDS):
-                connection = await _connect(origin)
-        status = await connection.exchange(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body))
+            try:
+                async with asyncio.timeout(_SECONDS):
+                    connection = await _connect(origin)
+            except OSError as error:
+                raise Unsent(f"{type(error).__name__}: {error}") from error
+        request = b"%b%bContent-Length: %d\r\n\r\n%b" % (head, line, len(body), body)
+        status = await connection.exchange(request)
         if connection.usable:
             self._idle.setdefault(origin, []).append(connection)
         return status

@@ -19,6 +19,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from coldsnap.errors import EngineDead
 from coldsnap.testing import (
     NO_INPUT,
     ControlPlane,
@@ -339,10 +340,12 @@ async def take(session: aiohttp.ClientSession, batch_size: int = 1) -> object:
         return await response.json() if response.status == 200 else response.status
 
 
-async def post(session: aiohttp.ClientSession, kind: str, job: Job | str, body: object, by: str = "w1") -> int:
+async def post(
+    session: aiohttp.ClientSession, kind: str, job: Job | str, body: object, by: str = "w1", **headers: str
+) -> int:
     data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
     job_id = job if isinstance(job, str) else job.id
-    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    form = {"Content-Type": "application/x-www-form-urlencoded", **headers}
     async with session.post(f"job-{kind}/{by}/{job_id}?gpu=x&isStream=true", data=data, headers=form) as response:
         return response.status
 
@@ -388,6 +391,8 @@ async def test_what_the_platform_would_not_take_is_recorded(
     assert await post(session, "done", job, {"error": {"code": 1}}) == 200
     assert await post(session, "done", job, {"output": 1}) == 400
     assert await post(session, "done", large, {"output": "x" * 10_000_000}) == 413
+    assert not large.done  # a worker has to say so itself
+    assert await post(session, "done", large, {"error": "too large"}) == 200
     plane.cancel(cancelled.id)
     assert await post(session, "stream", cancelled, {"output": 1}) == 200
     assert [violation.kind for violation in plane.violations] == [
@@ -402,6 +407,39 @@ async def test_what_the_platform_would_not_take_is_recorded(
     assert plane.violations[0] == Violation("unknown job", "nobody", "stream from w1")
     assert (job.error, job.chunks, large.state) == ('{"code":1}', [], JobState.FAILED)
     assert (cancelled.late_posts, cancelled.chunks) == (1, [])
+
+
+async def test_what_is_posted_again_because_its_answer_was_lost_counts_once(
+    bare: tuple[ControlPlane, aiohttp.ClientSession],
+) -> None:
+    plane, session = bare
+    job = plane.submit({})
+    await take(session)
+    for number, text in enumerate("abc"):
+        for _ in range(2):
+            assert await post(session, "stream", job, {"output": text}, **{"X-Chunk-Number": str(number)}) == 200
+    assert await post(session, "stream", job, {"output": "a"}, **{"X-Chunk-Number": "0"}) == 200  # late
+    for _ in range(2):
+        assert await post(session, "done", job, {"output": ["a", "b", "c"]}) == 200
+    assert (job.chunks, job.output, job.state) == (["a", "b", "c"], ["a", "b", "c"], JobState.COMPLETED)
+    assert plane.violations == []
+
+
+async def test_a_job_whose_engine_died_waits_again_unless_a_client_has_some_of_it(
+    bare: tuple[ControlPlane, aiohttp.ClientSession],
+) -> None:
+    plane, session = bare
+    unread, was_read = plane.submit({}), plane.submit({})
+    await take(session, 2)
+    error = {"error": json.dumps(EngineDead("the engine process is gone").body())}
+    for job in (unread, was_read):
+        assert await post(session, "stream", job, {"output": "a"}) == 200
+    assert was_read.unread() == ["a"]
+    for job in (unread, was_read):
+        assert await post(session, "done", job, error) == 200
+    assert (unread.state, unread.chunks, was_read.state) == (JobState.IN_QUEUE, [], JobState.FAILED)
+    assert plane.workers["w1"].retired  # it gets neither of them
+    assert plane.violations == []
 
 
 async def test_faults_repeat_by_seed_and_refuse_nonsense() -> None:

@@ -93,7 +93,7 @@ class Board:
             self.jobs[job.id] = job
             self._submitted = max(self._submitted, job.number + 1)
             if job.state is JobState.IN_PROGRESS:
-                self._again(job, "the platform was stopped", blame=False)
+                self.again(job, "the platform was stopped", blame=False)
             elif job.state is JobState.IN_QUEUE:
                 self._queue.append(job)
         waiting = sorted(self._queue, key=lambda job: job.number)
@@ -156,7 +156,7 @@ class Board:
         self.lost.add(worker_id)
         running = [self.jobs[job_id] for job_id in worker.running] if worker else []
         for job in sorted(running, key=lambda job: job.number, reverse=True):
-            self._again(job, why, blame=blame)
+            self.again(job, why, blame=blame)
         self._queued.ring()
 
     def forget(self, job: Job) -> None:
@@ -198,7 +198,11 @@ class Board:
         self.note(job)
         self.on_end(job)
 
-    def _again(self, job: Job, why: str, *, blame: bool) -> None:
+    def again(self, job: Job, why: str, *, blame: bool = True) -> None:
+        """Let a job wait again whose worker ends, before all others, or fail."""
+        worker = self.workers.get(job.worker_id or "")
+        if worker:
+            worker.running.discard(job.id)
         if job.read:
             text = f"{why} while it ran the job; some of its output had been delivered, so it was not tried again"
             self.end(job, JobState.FAILED, error=text)
@@ -211,6 +215,7 @@ class Board:
                 self._count("retried")
             self._queue.appendleft(job)
             self.note(job)
+            self._queued.ring()
 
     def _count(self, name: str) -> None:
         self.counts[name] += 1

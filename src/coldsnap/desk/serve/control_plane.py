@@ -24,6 +24,7 @@ import orjson
 from coldsnap.desk.serve.board import Board, Journal, Worker
 from coldsnap.desk.serve.job import MEGABYTE, Bell, Job, JobState
 from coldsnap.desk.serve.worker_http import Request, Response, Server
+from coldsnap.errors import EngineDead, EngineStalled
 
 CHUNK_LIMIT: Final = MEGABYTE
 
@@ -212,8 +213,8 @@ class ControlPlane(Board):
         self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
         delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
         if delay or self.gate:
-            return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request.body)))
-        return Response(self._record(kind, worker_id, job, request.body) if status is None else status)
+            return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request)))
+        return Response(self._record(kind, worker_id, job, request) if status is None else status)
 
     async def _delayed(self, delay: float, status: int | Callable[[], int]) -> Response:
         if self.gate is not None:
@@ -223,13 +224,16 @@ class ControlPlane(Board):
         await asyncio.sleep(delay / 2)
         return Response(status)
 
-    def _record(self, kind: PostKind, worker_id: str, job: Job, body: bytes) -> int:
+    def _record(self, kind: PostKind, worker_id: str, job: Job, request: Request) -> int:
         """Apply one POST to its job and return the answer's status."""
+        body = request.body
         if worker_id != job.worker_id:
             return self._violated(400, "wrong worker", job.id, f"{worker_id}, taken by {job.worker_id}")
         if job.state in {JobState.CANCELLED, JobState.TIMED_OUT}:
             job.late_posts += 1
             return 200
+        if job.done and kind == "done" and body == job.posted:
+            return 200  # the answer to the first one was lost
         if job.done:
             return self._violated(400, "after end", job.id, f"{kind} after the job was {job.state}")
         try:
@@ -238,24 +242,44 @@ class ControlPlane(Board):
             return self._violated(400, "malformed body", job.id, f"{kind}: {error}")
         if not isinstance(post, dict) or (kind == "stream" and "output" not in post):
             return self._violated(400, "malformed body", job.id, f"{kind}: no object with an output")
-        if kind == "stream":
-            if len(body) > CHUNK_LIMIT:
-                detail = f"{len(body)} bytes, {CHUNK_LIMIT} allowed"
-                return self._violated(413, "chunk too large", job.id, detail)
+        return (self._record_chunk if kind == "stream" else self._record_result)(worker_id, job, request, post)
+
+    def _record_chunk(self, _worker_id: str, job: Job, request: Request, post: dict[str, Any]) -> int:
+        if len(request.body) > CHUNK_LIMIT:
+            detail = f"{len(request.body)} bytes, {CHUNK_LIMIT} allowed"
+            return self._violated(413, "chunk too large", job.id, detail)
+        # A repeat, whose answer was lost, is told by its number.
+        if int(request.headers.get("x-chunk-number", len(job.chunks))) == len(job.chunks):
             job.add_chunk(post["output"])
-        elif post.get("status") == "IN_PROGRESS":
+        return 200
+
+    def _record_result(self, worker_id: str, job: Job, request: Request, post: dict[str, Any]) -> int:
+        size, limit = len(request.body), job.terms.limit
+        if post.get("status") == "IN_PROGRESS":
             job.progress.append(post.get("output"))
-        elif len(body) > job.terms.limit:
-            detail = f"{len(body)} bytes, {job.terms.limit} allowed"
-            self.end(job, JobState.FAILED, error=f"result too large: {detail}")
-            return self._violated(413, "result too large", job.id, detail)
-        elif (reported := post.get("error")) is not None:
-            text = reported if isinstance(reported, str) else orjson.dumps(reported).decode()
-            self.end(job, JobState.FAILED, output=post.get("output"), error=text)
-        else:
-            self.end(job, JobState.COMPLETED, output=post.get("output"))
+            return 200
+        if size > limit:
+            return self._violated(413, "result too large", job.id, f"{size} bytes, {limit} allowed")
+        reported = post.get("error")
+        text = reported if isinstance(reported, str | None) else orjson.dumps(reported).decode()
+        if text and _ends_its_worker(text) and not job.read:
+            self.retire(worker_id)
+            self.again(job, f"the engine of {worker_id} died")
+            return 200
+        job.posted = request.body
+        state = JobState.COMPLETED if text is None else JobState.FAILED
+        self.end(job, state, output=post.get("output"), error=text)
         return 200
 
     def _violated(self, status: int, kind: ViolationKind, job_id: str, detail: str) -> int:
         self.violations.append(Violation(kind, job_id, detail))
         return status
+
+
+def _ends_its_worker(error: str) -> bool:
+    """Return whether a worker says with a job's error that it ends itself: its other jobs are tried again too."""
+    try:
+        body = orjson.loads(error)
+        return body["error"]["type"] in {EngineDead.type, EngineStalled.type}
+    except (orjson.JSONDecodeError, KeyError, TypeError):  # another handler's words
+        return False

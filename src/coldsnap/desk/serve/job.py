@@ -123,6 +123,8 @@ class Job:
         self.progress: list[Any] = []
         self.posts = 0
         self.late_posts = 0
+        self.posted: bytes | None = None
+        """The body with which its worker ended it: the same again is a repeat."""
         self.attempts = 0
         self.read = 0
         """How many of the chunks a client has been given: with one of them the job cannot start again unnoticed."""
@@ -205,7 +207,7 @@ class Job:
     def restart(self) -> None:
         """Forget all that a worker did: the job waits again."""
         self.state, self.worker_id = JobState.IN_QUEUE, None
-        self.output, self.error, self.read = None, None, 0
+        self.output, self.error, self.posted, self.read = None, None, None, 0
         self.chunks, self.progress = [], []
         self.timestamps = Timestamps(submitted=self.timestamps.submitted)
 
