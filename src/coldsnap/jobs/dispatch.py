@@ -134,6 +134,10 @@ class _EventDriven:
     def _begin(self: Any, session: Any, job: dict[str, Any]) -> None:
         if self._stopped_early.pop(job["id"], 0.0) > asyncio.get_running_loop().time():
             return  # for the platform it has ended
+        if (task := self.jobs_tasks.get(job["id"])) is not None and not task.done():
+            message = f"job {job['id']} was delivered again while it runs; it is not started a second time"
+            self.sdk.log.error(message)
+            return
         self.jobs_queue.put_nowait(job)  # handle_job ends with task_done(), which counts
         self.jobs_queue.get_nowait()
         self.job_progress.add(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +24,7 @@ def test_a_scaler_without_what_is_overridden_is_left_alone() -> None:
     assert complaint == "JobScaler has no handle_job, stop_job, kill_worker"
 
 
-async def test_a_cancel_that_overtakes_its_job_stops_it_and_an_old_one_does_not() -> None:
-    begun: list[str] = []
-
-    async def handle_job(_session: Any, _config: Any, job: dict[str, Any]) -> None:
-        begun.append(job["id"])
-
+def scaler_of(handle_job: Callable[..., Awaitable[None]], said: list[str]) -> Any:
     class JobScaler:
         def __init__(self, config: dict[str, Any]) -> None:
             self.jobs_tasks: dict[str, asyncio.Task[None]] = {}
@@ -40,8 +36,40 @@ async def test_a_cancel_that_overtakes_its_job_stops_it_and_an_old_one_does_not(
         async def handle_job(self, session: Any, job: dict[str, Any]) -> None:
             await handle_job(session, None, job)
 
+    sdk = SimpleNamespace(JobScaler=JobScaler, log=SimpleNamespace(error=said.append))
     worker = SimpleNamespace(handle_job=handle_job, attach=lambda _: None)
-    scaler = dispatch.event_driven(SimpleNamespace(JobScaler=JobScaler), worker)({})  # type: ignore[arg-type]
+    return dispatch.event_driven(sdk, worker)({})  # type: ignore[arg-type]
+
+
+async def test_a_job_that_is_delivered_again_while_it_runs_runs_once_and_again_after_its_end() -> None:
+    begun: list[str] = []
+    said: list[str] = []
+    end = asyncio.Event()
+
+    async def handle_job(_session: Any, _config: Any, job: dict[str, Any]) -> None:
+        begun.append(job["id"])
+        await end.wait()
+
+    scaler = scaler_of(handle_job, said)
+    for _ in range(2):
+        scaler._begin(None, {"id": "same"})
+    await asyncio.sleep(0)
+    assert begun == ["same"]
+    assert said == ["job same was delivered again while it runs; it is not started a second time"]
+    end.set()
+    await scaler.jobs_tasks["same"]
+    scaler._begin(None, {"id": "same"})  # the platform tries it again
+    await asyncio.sleep(0)
+    assert begun == ["same", "same"]
+
+
+async def test_a_cancel_that_overtakes_its_job_stops_it_and_an_old_one_does_not() -> None:
+    begun: list[str] = []
+
+    async def handle_job(_session: Any, _config: Any, job: dict[str, Any]) -> None:
+        begun.append(job["id"])
+
+    scaler = scaler_of(handle_job, [])
     assert not await scaler.stop_job("early")
     scaler._begin(None, {"id": "early"})
     scaler._begin(None, {"id": "other"})
