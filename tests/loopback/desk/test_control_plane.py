@@ -19,6 +19,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from coldsnap.desk.serve.worker_http import Response, Server
 from coldsnap.errors import EngineDead
 from coldsnap.testing import (
     NO_INPUT,
@@ -328,14 +329,27 @@ async def test_a_worker_that_fails_a_fitness_check_is_reported_at_once(handler: 
 @pytest_asyncio.fixture(loop_scope="module")
 async def bare() -> AsyncIterator[tuple[ControlPlane, aiohttp.ClientSession]]:
     async with (
-        ControlPlane(poll_seconds=0.1) as plane,
+        Keyed(poll_seconds=0.1) as plane,
         aiohttp.ClientSession(f"{plane.url}/v2/{plane.endpoint_id}/") as session,
     ):
+        plane.key("w1")
+        plane.key("w2")
         yield plane, session
 
 
+KEY = "of-a-test"
+
+
+class Keyed(ControlPlane):
+    """Its workers have a key that a test knows."""
+
+    def key(self, worker_id: str) -> str:
+        return self._keys.setdefault(worker_id, KEY)
+
+
 async def take(session: aiohttp.ClientSession, batch_size: int = 1) -> object:
-    path = f"job-take-batch/w1?gpu=x&batch_size={batch_size}" if batch_size > 1 else "job-take/w1?gpu=x"
+    batch = f"&batch_size={batch_size}" if batch_size > 1 else ""
+    path = f"job-take{'-batch' if batch else ''}/w1?key={KEY}{batch}"
     async with session.get(path) as response:
         return await response.json() if response.status == 200 else response.status
 
@@ -346,8 +360,48 @@ async def post(
     data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
     job_id = job if isinstance(job, str) else job.id
     form = {"Content-Type": "application/x-www-form-urlencoded", **headers}
-    async with session.post(f"job-{kind}/{by}/{job_id}?gpu=x&isStream=true", data=data, headers=form) as response:
+    async with session.post(f"job-{kind}/{by}/{job_id}?key={KEY}&isStream=true", data=data, headers=form) as response:
         return response.status
+
+
+async def test_a_worker_that_has_not_its_own_key_gets_and_gives_nothing(
+    bare: tuple[ControlPlane, aiohttp.ClientSession],
+) -> None:
+    plane, session = bare
+    other = plane.environment("w3")["RUNPOD_WEBHOOK_GET_JOB"].partition("key=")[2]
+    job = plane.submit({})
+    for call in ("job-take/w1", f"job-take/w1?key={other[:-1]}", "job-take/stranger?key=", "job-stop/w1", "ping/w1"):
+        async with session.get(call) as response:
+            assert (call, response.status) == (call, 401)
+    async with session.post(f"job-done/w1/{job.id}", json={"output": 1}) as response:
+        assert response.status == 401
+    assert job.state is JobState.IN_QUEUE
+    assert plane.workers == {}
+
+
+async def test_a_request_under_another_name_is_refused(bare: tuple[ControlPlane, aiohttp.ClientSession]) -> None:
+    _, session = bare
+    async with session.get(f"ping/w1?key={KEY}", headers={"Host": "rebound.example"}) as response:
+        assert response.status == 421
+
+
+async def test_a_client_that_sends_nothing_or_half_a_request_is_cut_off() -> None:
+    async def answer() -> Response:
+        await asyncio.sleep(0.3)  # longer than a client may take
+        return Response()
+
+    async with Server(lambda _: answer(), idle_seconds=0.1) as server:
+        whole = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode()
+        for sent, status in ((b"", b""), (whole[:-2], b""), (whole, b"HTTP/1.1 200")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(sent)
+            try:
+                got = await asyncio.wait_for(reader.read(), 30)
+            except ConnectionResetError:
+                got = b""
+            assert got.startswith(status)
+            assert bool(got) == bool(status)
+            writer.close()
 
 
 async def test_takes_are_in_order_and_no_larger_than_asked(
@@ -363,7 +417,8 @@ async def test_takes_are_in_order_and_no_larger_than_asked(
 
 
 async def test_a_poll_whose_worker_went_away_takes_nothing() -> None:
-    async with ControlPlane(poll_seconds=20) as plane:
+    async with Keyed(poll_seconds=20) as plane:
+        plane.key("w1")
         url = f"{plane.url}/v2/{plane.endpoint_id}/"
         async with aiohttp.ClientSession(url) as gone:
             poll = asyncio.create_task(take(gone))

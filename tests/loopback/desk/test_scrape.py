@@ -151,6 +151,9 @@ async def test_what_is_no_push_is_refused_or_left_out_and_said(desk: Desk) -> No
         ("PUT", "metrics/job", good): 404,
         ("POST", "metrics/job/coldsnap/instance/worker-2", good): 404,
     }
+    bare = f"http://127.0.0.1:{base.rpartition(':')[2]}"
+    async with aiohttp.ClientSession() as http, http.put(f"{bare}/metrics/job/x/instance/worker-1") as response:
+        assert response.status == 401
     async with aiohttp.ClientSession() as http:
         for (method, path, body), status in cases.items():
             async with http.request(method, f"{base}/{path}", data=body) as response:
@@ -175,6 +178,6 @@ async def test_the_gateway_that_a_user_has_set_is_left_to_him(desk: Desk) -> Non
     mine = {"METRICS_PUSH_URL": "http://gateway:9091", "PATH": "p"}
     assert desk.kept.environment(mine) == mine
     here = desk.kept.environment({"PATH": "p"})
-    assert here["METRICS_PUSH_URL"].startswith("http://127.0.0.1:")
+    assert here["METRICS_PUSH_URL"].startswith("http://worker:")
     assert (here["METRICS_PUSH_SECONDS"], here["PATH"]) == ("2", "p")
     assert desk.kept.environment({"METRICS_PUSH_SECONDS": "5"})["METRICS_PUSH_SECONDS"] == "5"

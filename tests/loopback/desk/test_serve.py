@@ -20,7 +20,12 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from coldsnap.desk.serve import server
 from coldsnap.desk.serve.api import Api
 from coldsnap.desk.serve.boots import reason
 from coldsnap.desk.serve.control_plane import ControlPlane
@@ -789,3 +794,25 @@ async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="501 jobs wait; with 1 workers at most no more than 500 may") as refused:
             endpoint.submit(submission, sync=False)
         assert (refused.value.status, refused.value.retry_after) == (429, 10)
+
+
+async def test_a_client_that_sends_nothing_or_half_a_request_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(server, "_BODY_SECONDS", 0.2)
+
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n"
+    async with server.served(Starlette(routes=[Route("/", echo, methods=["POST"])]), listener):
+        for sent in (b"", head, head + b"\r\n1"):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(sent)
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(head + b"\r\n12")
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        writer.close()

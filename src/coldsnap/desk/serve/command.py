@@ -13,6 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
+from starlette.requests import Request
 from starlette.routing import Route
 
 from coldsnap.desk.serve.api import Api
@@ -27,7 +28,7 @@ from coldsnap.desk.serve.server import served
 from coldsnap.desk.serve.store import Store
 from coldsnap.desk.serve.throttle import Throttle
 from coldsnap.desk.serve.view import View
-from coldsnap.errors import ServeError
+from coldsnap.errors import Refused, ServeError
 from coldsnap.foundation.plural import plural
 from coldsnap.settings import ROOT, Settings
 
@@ -125,7 +126,7 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         pushes = await stack.enter_async_context(Pushes(lambda worker_id: worker_id in fleet.workers, _say))
         fleet = Fleet(endpoint, options.handler.absolute(), pushes.environment(os.environ), logs, _say)
         api = Api(endpoint, fleet, key, Throttle())
-        metrics = Scrape(endpoint, fleet, pushes, None if _private(listener) else api.authorize)
+        metrics = Scrape(endpoint, fleet, pushes, _named_local if _private(listener) else api.authorize)
         page = Page(View(endpoint, fleet, price), api.authorize)
         app = api.application(Route("/metrics", metrics.answer), *page.routes())
         await stack.enter_async_context(served(app, listener))
@@ -159,6 +160,12 @@ def _listener(host: str, port: int) -> socket.socket:
 def _private(listener: socket.socket) -> bool:
     """Whether only this machine reaches the endpoint: its metrics then need no key, as Prometheus expects."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _named_local(request: Request) -> None:
+    """Refuse a request under another name: a page in a browser whose name leads to this machine."""
+    if request.url.hostname not in {"localhost", "127.0.0.1", "::1"}:
+        raise Refused(421, "the Host header names another machine; without a key /metrics is for this one")
 
 
 def _greet(listener: socket.socket, endpoint: str, key: str, waiting: int) -> None:

@@ -4,15 +4,17 @@
 the unmodified SDK with `ControlPlane.environment()` in its environment. A submitted job goes at once to the first
 worker that asks. Jobs and workers themselves are on its `board`.
 
-What it does not know: who starts workers (`fleet`), when time is up (`endpoint`), keys (any is accepted).
+A worker has a key of its own. What the plane does not know: who starts workers (`fleet`), when time is up (`endpoint`).
 Where the platform's behaviour is not documented it takes the strict side: an oversized chunk is answered with
-413 and lost, an oversized result fails its job, and 1 MB is 1,000,000 bytes of POST body. What a worker posts
+413 and lost, an oversized result with 413, and 1 MB is 1,000,000 bytes of POST body. What a worker posts
 after its job was cancelled or timed out is answered with 200, counted and dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
+import secrets
 import time
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
@@ -90,6 +92,7 @@ class ControlPlane(Board):
         self._idle_status = 400 if flashboot else 204
         self._arrived = Bell()
         self._releases = 0
+        self._keys: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
         self._server = await Server(self._serve).__aenter__()
@@ -106,22 +109,26 @@ class ControlPlane(Board):
 
     def environment(self, worker_id: str = "worker-1") -> dict[str, str]:
         """Return the variables that the platform sets, and three that let a worker run here, offline."""
-        base = f"{self.url}/v2/{self.endpoint_id}"
+        base, key = f"{self.url}/v2/{self.endpoint_id}", self.key(worker_id)
         return {
             "RUNPOD_ENDPOINT_ID": self.endpoint_id,
             "RUNPOD_POD_ID": worker_id,
             "RUNPOD_POD_HOSTNAME": f"{worker_id}-host",
             "RUNPOD_AI_API_KEY": "local-key",
             "RUNPOD_PING_INTERVAL": "10000",
-            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
-            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=local&key={key}",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=local&key={key}",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local&key={key}",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID?key={key}",
             # The SDK's own checks end the process without 8.8.8.8:53, 4 GB of memory and 10% of the disk.
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
             "NO_PROXY": "127.0.0.1,localhost",  # the SDK's pings heed a proxy, its other requests do not
         }
+
+    def key(self, worker_id: str) -> str:
+        """Return a worker's secret. It is in its URLs, as the platform's: the SDK may send a user's own as a header."""
+        return self._keys.setdefault(worker_id, secrets.token_urlsafe(24))
 
     async def wait_for_worker(self, timeout: float, worker_id: str | None = None) -> Worker:
         """Return the worker (or any) once it has asked for jobs."""
@@ -146,7 +153,10 @@ class ControlPlane(Board):
 
     def _serve(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
         called = request.path.split("/")[3:]
-        if called[1:2] and called[1] in self.lost:
+        key = self._keys.get(called[1]) if called[1:] else None
+        if key is None or not hmac.compare_digest(request.query.get("key", "").encode(), key.encode()):
+            return Response(status=401)
+        if called[1] in self.lost:
             return Response(status=_GONE)
         match request.method, called:
             case "POST", ["job-stream", worker_id, job_id]:

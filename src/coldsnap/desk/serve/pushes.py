@@ -7,6 +7,8 @@ stay, which say what was, so that no sum over workers falls. Those of the worker
 from __future__ import annotations
 
 import base64
+import hmac
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
@@ -55,6 +57,8 @@ class Pushes:
     def __init__(self, is_worker: Callable[[str], bool], say: Callable[[str], None]) -> None:
         self._is_worker = is_worker
         self._say = say
+        self._word = secrets.token_urlsafe(24)
+        self._authorization = b"Basic " + base64.b64encode(f"worker:{self._word}".encode())
         self._groups: dict[str, Group] = {}
         self._ended: list[Group] = []
         """The workers that have ended, the first one first."""
@@ -74,7 +78,7 @@ class Pushes:
         """Return a worker's environment in which it pushes here, unless its user has a gateway of his own."""
         if "METRICS_PUSH_URL" in environ:
             return environ
-        url = f"http://127.0.0.1:{self._server.port}"
+        url = f"http://worker:{self._word}@127.0.0.1:{self._server.port}"
         return {"METRICS_PUSH_SECONDS": f"{_SECONDS:g}", **environ, "METRICS_PUSH_URL": url}
 
     def end(self, worker_id: str) -> None:
@@ -102,6 +106,8 @@ class Pushes:
                 self._say(f"{group.labels['instance']} pushed what is no Prometheus text: {error}")
 
     def _take(self, request: Request) -> Response:
+        if not hmac.compare_digest(request.headers.get("authorization", "").encode(), self._authorization):
+            return Response(401)
         match request.path.strip("/").split("/"):
             case "metrics", *pairs if request.method == "PUT" and len(pairs) % 2 == 0:
                 try:

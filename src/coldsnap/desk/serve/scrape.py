@@ -98,7 +98,7 @@ def _gauge(name: str, help_: str, value: float) -> Metric:
 
 
 class Scrape:
-    """The route. `authorize` refuses a request without the key; with None anybody may ask."""
+    """The route. `authorize` refuses a request; with None anybody may ask."""
 
     def __init__(
         self, endpoint: Endpoint, fleet: Fleet, pushes: Pushes, authorize: Callable[[Request], None] | None

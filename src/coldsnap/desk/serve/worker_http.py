@@ -1,6 +1,8 @@
 """HTTP/1.1 for the control plane: so little work a request that the plane is not what a benchmark measures.
 
-It knows no TLS, no routing and no streaming; a request is handed over once its whole body is there.
+A request that names another host is refused: a page in a browser whose name leads here must not talk to this port.
+A connection that sends nothing, or half a request, is closed. It knows no TLS, no routing and no streaming; a request
+is handed over once its whole body is there.
 """
 
 from __future__ import annotations
@@ -51,15 +53,17 @@ class Handler(Protocol):
 class Server:
     """Serves `handler` on a free port of 127.0.0.1 while the context is open."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, idle_seconds: float = 75.0) -> None:
+        """`idle_seconds` is how long a client may take for its next request to be there as a whole."""
         self.port = 0
+        self._idle_seconds = idle_seconds
         self._handler = handler
         self._open: set[_Connection] = set()
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Connection(self._handler, self._open), "127.0.0.1", 0, backlog=1024
+            lambda: _Connection(self._answer, self._open, self._idle_seconds), "127.0.0.1", 0, backlog=1024
         )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -69,13 +73,20 @@ class Server:
         tasks = [connection.close() for connection in tuple(self._open)]
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
 
+    def _answer(self, request: Request) -> Response | Coroutine[Any, Any, Response]:
+        if request.headers.get("host") not in {f"127.0.0.1:{self.port}", f"localhost:{self.port}"}:
+            return Response(HTTPStatus.MISDIRECTED_REQUEST)
+        return self._handler(request)
+
 
 class _Connection(asyncio.Protocol):
     """Requests of one client, one after the other."""
 
-    def __init__(self, handler: Handler, among: set[_Connection]) -> None:
+    def __init__(self, handler: Handler, among: set[_Connection], idle_seconds: float) -> None:
         self._handler = handler
         self._among = among
+        self._idle_seconds = idle_seconds
+        self._timer: asyncio.TimerHandle | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._request = Request()
         self._body: list[bytes] = []
@@ -91,9 +102,11 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
         self._among.add(self)
+        self._wait()
 
     def connection_lost(self, _: Exception | None) -> None:
         self._among.discard(self)
+        self._stop_waiting()
         if self._task is not None:
             self._task.cancel()
 
@@ -121,6 +134,7 @@ class _Connection(asyncio.Protocol):
         self._body.append(body)
 
     def on_message_complete(self) -> None:
+        self._stop_waiting()
         self._request.method = self._parser.get_method().decode()
         self._request.body = b"".join(self._body)
         answer = self._handler(self._request)
@@ -137,5 +151,15 @@ class _Connection(asyncio.Protocol):
 
     def _answer(self, response: Response) -> None:
         self._transport.write(response.encode())
+        self._wait()
         if not self._parser.should_keep_alive():
             self._transport.close()
+
+    def _wait(self) -> None:
+        """Close the connection unless a whole request comes in time."""
+        self._stop_waiting()
+        self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self._transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
