@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 from coldsnap.desk.plan import calibration
+from coldsnap.testing import ControlPlane
 from tests.loopback.desk.serving import ROOT, Serve
 
 HANDLER = str(ROOT / "src" / "coldsnap" / "testing" / "timed_worker.py")
@@ -55,6 +59,42 @@ async def test_jobs_are_answered_and_every_second_is_somebodys(tmp_path: Path) -
     assert books["gpu_seconds"] == pytest.approx(sum(parts))
     known = calibration.read(tmp_path / "ledger.jsonl", model=None, endpoint=None, flex=None, active=None)
     assert (known.model, known.worker.speed.sequences, known.limits_known) == ("timed", 4, True)
+
+
+def held(pid: int) -> dict[str, int]:
+    """Return what a process holds."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    threads, kilobytes = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("Threads", "VmRSS"))
+    return {
+        "threads": threads,
+        "descriptors": len(list(Path(f"/proc/{pid}/fd").iterdir())),
+        "kilobytes": kilobytes,
+    }
+
+
+async def test_two_thousand_requests_leave_nothing_in_the_worker(tmp_path: Path) -> None:
+    timing = TIMING | {"a": 0.001, "c": 0.00001, "max_num_seqs": 64}
+    more = {"TIMED_ENGINE": json.dumps(timing), "COLDSNAP_LEDGER_DIR": str(tmp_path)}
+    async with ControlPlane() as plane:
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, HANDLER, env=os.environ | plane.environment() | more, stdout=subprocess.DEVNULL,
+            process_group=0,
+        )  # fmt: skip
+
+        async def serve(jobs: int) -> dict[str, int]:
+            job_input = {"prompt": "word " * 50, "sampling_params": {"max_tokens": 5}, "stream": True}
+            await asyncio.gather(*(plane.submit(job_input).result() for _ in range(jobs)))
+            return held(worker.pid)
+
+        try:
+            await plane.wait_for_worker(60)
+            before, after = await serve(1000), await serve(2000)
+        finally:
+            os.killpg(worker.pid, signal.SIGKILL)
+            await worker.wait()
+    assert after["threads"] == before["threads"]
+    assert after["descriptors"] <= before["descriptors"]
+    assert after["kilobytes"] < 1.02 * before["kilobytes"]
 
 
 def test_it_needs_no_vllm() -> None:
