@@ -226,17 +226,18 @@ class Ring(contextlib.AsyncExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.scratch = Path(tempfile.mkdtemp(prefix="tokenpath-"))
-        self._environ = os.environ | {
+        self.environ = os.environ | {
             "MAX_CONCURRENCY": "256",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "COLDSNAP_LEDGER_DIR": str(self.scratch / "ledger"),
         }
+        """The variables of what is started from now on."""
 
     async def bare(self) -> Bare:
         """Start the bare engine."""
         command = [sys.executable, str(ROOT / "bench" / "bare_engine.py")]
         pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "limit": 1 << 24}
-        process = await self._start(command, self._environ, "bare", **pipe)
+        process = await self._start(command, self.environ, "bare", **pipe)
         await line(process)
         return Bare(process)
 
@@ -247,7 +248,7 @@ class Ring(contextlib.AsyncExitStack):
     async def worker(self, plane: ControlPlane, checkout: Path = ROOT, *command: str) -> int:
         """Start the worker of a checkout of this project; return its process id."""
         command = command or (str(checkout / "handler.py"),)
-        environ = self._environ | plane.environment()
+        environ = self.environ | plane.environment()
         process = await self._start(
             [sys.executable, *command], environ, f"worker-{plane.url[-5:]}", stdout=subprocess.DEVNULL
         )
@@ -257,7 +258,7 @@ class Ring(contextlib.AsyncExitStack):
     async def server(self) -> Server:
         """Start vLLM's API server on the snapshot, as it comes, with the arguments that were baked into it."""
         command, url = server_command()
-        environ = {name: value for name, value in self._environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+        environ = {name: value for name, value in self.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
         process = await self._start(command, environ, "server", stdout=subprocess.DEVNULL)
         session = await self.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         await healthy(session, url)
@@ -268,7 +269,7 @@ class Ring(contextlib.AsyncExitStack):
         from coldsnap.vllm import release as vllm_release
 
         folder, arguments = baked()
-        environ = self._environ | plane.environment() | vllm_release.environment(os.environ, arguments)
+        environ = self.environ | plane.environment() | vllm_release.environment(os.environ, arguments)
         environ |= {name.upper(): str(value) for name, value in arguments.items()}
         environ |= {"MODEL_NAME": str(folder), "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
         environ |= {"PATH": f"{self.scratch}:{environ['PATH']}"}
