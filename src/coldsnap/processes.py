@@ -12,12 +12,18 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 _SHARED = re.compile(r"/dev/shm/psm_\w+")  # noqa: S108 -- Python chooses the place
 """Python's own names for shared memory."""
+_ENGINE = "VLLM::"
+"""How vLLM's names for its processes begin."""
+_UUID = "-".join("[0-9a-f]" * digits for digits in (8, 4, 4, 4, 12))
+"""vLLM's names for its sockets."""
+_MOMENT_SECONDS = 60.0
 PIPE = "coldsnap-"
 """Prefix of the step meter's pipes: any other pipe may be where somebody redirected our output to."""
 
@@ -55,17 +61,17 @@ def end_at_signals() -> None:
 
 
 @contextlib.contextmanager
-def without_leaks(names: str) -> Iterator[None]:
+def without_leaks() -> Iterator[None]:
     """Remove the shared memory and the sockets' files of the child processes that are killed meanwhile.
 
-    Those whose name begins with `names` and that remain are killed here: a stopped one learns of no parent's end.
+    Those of the engine that remain are killed here: a stopped one learns of no parent's end.
     """
     below = list(children(os.getpid()))
-    named = [pid for pid in below if _name(pid).startswith(names)]
+    engine = [pid for pid in below if _name(pid).startswith(_ENGINE)]
     files = {file for pid in below for file in _files(pid)}
     yield
-    for pid in named:
-        if _name(pid).startswith(names):
+    for pid in engine:
+        if _name(pid).startswith(_ENGINE):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     for file in files:
@@ -92,6 +98,51 @@ def _files(pid: int) -> Iterator[str]:
             inode, *path = line.split(maxsplit=7)[6:]
             if path and path[0].startswith("/") and f"socket:[{inode}]" in sockets:
                 yield path[0]
+
+
+def remove_left_behind(folder: Path) -> list[Path]:
+    """Remove what killed workers have left on this machine, in the folder for temporary files too; return what it was.
+
+    Only what is ours, has been there for a minute, and no process uses.
+    """
+    candidates = [
+        *Path("/dev/shm").glob("psm_*"),  # noqa: S108 -- as above
+        *folder.glob("vllm_dist_*"),
+        *folder.glob(f"{PIPE}*"),
+        *folder.glob(_UUID),
+    ]
+    old = [path for path in candidates if _settled(path)]
+    if not old:
+        return []
+    running = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    used = {file for pid in running for file in _files(pid)}
+    begun = min((_since(pid) for pid in running if _name(pid).startswith(_ENGINE)), default=time.time())
+    # vLLM opens its rendezvous only while it boots: one as old as a living engine may be that engine's.
+    removed = [
+        path
+        for path in old
+        if (path.lstat().st_mtime < begun if path.name.startswith("vllm_dist_") else str(path) not in used)
+    ]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
+
+
+def _settled(path: Path) -> bool:
+    """Whether a file, pipe or socket is ours and older than a moment, in which a process may be about to open it."""
+    with contextlib.suppress(OSError):  # another worker was faster
+        status = path.lstat()
+        return not path.is_dir() and status.st_uid == os.getuid() and time.time() - status.st_mtime > _MOMENT_SECONDS
+    return False
+
+
+def _since(pid: int) -> float:
+    """Return the time at which a process was started."""
+    now = time.time()
+    with contextlib.suppress(OSError):  # it has ended
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return now - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    return now
 
 
 def leave(code: int) -> NoReturn:

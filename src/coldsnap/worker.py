@@ -7,8 +7,10 @@ import gc
 import importlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from coldsnap import local, patches, processes
@@ -51,6 +53,7 @@ def main(start: Callable[..., Booted] = boot) -> int:
             os.environ.setdefault(name, value)
         if test_input is not None:
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        processes.remove_left_behind(Path(tempfile.gettempdir()))
         booted = start(
             settings,
             timeline,

@@ -11,6 +11,7 @@ import sys
 import time
 from multiprocessing import shared_memory
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_children_that_are_killed_leave_no_files(tmp_path: Path) -> None:
         memory = Path("/dev/shm") / child.stdout.readline().strip()
         assert memory.is_file()
         assert path.is_socket()
-        with processes.without_leaks("VLLM::"):
+        with processes.without_leaks():
             child.kill()
             child.wait()
             assert path.is_socket()
@@ -136,7 +137,7 @@ def test_what_a_child_has_tidied_up_itself_is_no_error(tmp_path: Path) -> None:
     ) as child:
         assert child.stdout is not None
         memory = shared_memory.SharedMemory(child.stdout.readline().strip())
-        with processes.without_leaks("VLLM::"):
+        with processes.without_leaks():
             memory.unlink()
             (tmp_path / "socket").unlink()
             child.kill()
@@ -171,3 +172,34 @@ def test_a_process_that_leaves_takes_its_own_with_it() -> None:
         "child.start(); print(child.pid); leave(0)"
     )
     assert ends(int(run(code).stdout))
+
+
+def test_what_a_killed_worker_left_is_removed_and_what_a_living_one_uses_is_not(tmp_path: Path) -> None:
+    def child(name: str) -> tuple[subprocess.Popen[str], Path, Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path / name)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        return process, Path("/dev/shm") / process.stdout.readline().strip(), tmp_path / name
+
+    killed, *left = child(str(uuid4()))
+    living, *used = child(str(uuid4()))
+    pipe, rendezvous, theirs = (tmp_path / name for name in ("coldsnap-1", "vllm_dist_1", "report.txt"))
+    os.mkfifo(pipe)
+    rendezvous.touch()
+    theirs.touch()
+    left += [pipe, rendezvous]
+    try:
+        killed.kill()
+        killed.wait()
+        assert not {*left, *used} & set(processes.remove_left_behind(tmp_path))  # somebody may be about to use them
+        for path in (*left, *used, theirs):
+            os.utime(path, (0, 0), follow_symlinks=False)
+        assert set(left) <= set(processes.remove_left_behind(tmp_path))
+        assert [path.exists() for path in left] == [False] * 4
+        assert all(path.exists() for path in (*used, theirs))
+    finally:
+        for each in (killed, living):
+            with each:
+                each.kill()
+        used[0].unlink()

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from coldsnap.cost.accounts import Accounts
     from coldsnap.cost.energy import EnergyCounters
 
-_NAMES = "VLLM::"
-"""How vLLM's names for its processes begin."""
 _LOOK_SECONDS = 1.0
 """How often the engine is checked for being alive while its first answer is waited for."""
 _TEMPLATE_RESERVED = frozenset({
@@ -312,7 +310,7 @@ class VllmEngine:
     def close(self) -> None:
         """See `Engine.close`: killed, because vLLM would collect garbage for a next engine in two processes, 1.4 s."""
         logging.getLogger("vllm.v1.utils").setLevel(logging.ERROR)  # it warns that it has to kill
-        with processes.without_leaks(_NAMES):
+        with processes.without_leaks():
             self._llm.shutdown(timeout=0.0)
         self._accounts.end()
 
