@@ -18,16 +18,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from coldsnap.cost.step_model import StepModel
+from coldsnap.cost.step_model import StepModel, attention
 from coldsnap.engine import Usage
 
 Floats = NDArray[np.float64]
 
 PREFILL, DECODE, RECOMPUTED = 0, 1, 2
 """Columns of `Step.tokens` and of a step's shares."""
-
-_TILE = 64.0
-"""Query tokens that share one read of the keys and values, as in FlashAttention (Dao et al., 2022)."""
 
 RECOMPUTE, EMPTY, TAIL, LOST = "recompute", "empty", "tail", "lost"
 """Causes of overhead: tokens computed again after a preemption; steps in which nothing could run; what a
@@ -57,13 +54,9 @@ class Step:
 
     @cached_property
     def attention(self) -> Floats:
-        """(n,) tokens times context, in reads of one position: the new tokens' positions summed, over a tile.
-
-        A decode reads its whole context for one token; a prefill's tokens share a read, a tile at a time.
-        """
-        new = self.new
-        attention: Floats = new * (2 * self.context - new + 1) / (2 * np.minimum(new, _TILE))
-        return attention
+        """(n,) tokens times context, in reads of one position."""
+        reads: Floats = attention(self.new, self.context, np.minimum)
+        return reads
 
     @property
     def work(self) -> Floats:

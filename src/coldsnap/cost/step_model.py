@@ -9,7 +9,9 @@ least squares is solved exactly by trying all 2^4 active sets on the 4x4 normal 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from coldsnap.engine import Fit
 
 Floats = NDArray[np.float64]
 
+_TILE = 64.0
+"""Query tokens that share one read of the keys and values, as in FlashAttention (Dao et al., 2022)."""
 _RIDGE_TOKENS = 256.0
 """Tokens whose arithmetic takes as long as reading the weights once: the ridge of the roofline (Williams,
 Waterman and Patterson, 2009), about 300 for a datacentre GPU in bf16, less elsewhere. Only a start."""
@@ -31,6 +35,15 @@ _ACTIVE = np.array(list(product((False, True), repeat=4)))
 _BOTH_ACTIVE = _ACTIVE[:, :, None] & _ACTIVE[:, None, :]
 _PINNED = np.eye(4) * ~_ACTIVE[:, :, None]
 """An inactive coefficient's row becomes u = 0."""
+
+
+def attention(new: Any, context: Any, least: Callable[[Any, float], Any] = min) -> Any:
+    """Return what d multiplies: the positions read for a request's `new` tokens, `context` positions in all then.
+
+    The new tokens' positions are summed, over a tile: a decode reads its whole context for one token, a prefill's
+    tokens share a read, a tile at a time. For arrays `least` is `numpy.minimum`.
+    """
+    return new * (2 * context - new + 1) / (2 * least(new, _TILE))
 
 
 class StepModel:

@@ -29,7 +29,7 @@ from coldsnap.boot import Booted
 from coldsnap.cost.accounts import Accounts
 from coldsnap.cost.shares import Ledger
 from coldsnap.cost.step_meter import StepMeter
-from coldsnap.cost.step_model import StepModel
+from coldsnap.cost.step_model import StepModel, attention
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import InvalidInput, NotFound, SettingsError
 from coldsnap.settings import Settings
@@ -39,8 +39,6 @@ VARIABLE = "TIMED_ENGINE"
 """Environment variable with a `Timing` as JSON; what it leaves out is as below."""
 MODEL = "timed"
 _CONTEXT = 32_768
-_TILE = 64.0
-"""Query tokens that share one read of keys and values, as the ledger counts attention."""
 _MAX_TOKENS = 16
 _WEIGHTS, _PER_TOKEN = 16e9, 131_072.0
 """Bytes of the model and of a token's keys and values that the ledger's fit begins from: about an 8B's."""
@@ -68,9 +66,7 @@ class Timing(BaseModel):
         """Return how long a step takes: (prefill, decode, positions so far) of each request in it."""
         seconds = self.a
         for prefill, decode, context in tokens:
-            new = prefill + decode
-            reads = new * (2 * context - new + 1) / (2 * min(new, _TILE))
-            seconds += self.b * prefill + self.c * decode + self.d * reads
+            seconds += self.b * prefill + self.c * decode + self.d * attention(prefill + decode, context)
         return seconds
 
 

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
-TILE = 64.0
-"""Query tokens that share one read of keys and values, as in `ledger.Step.attention`."""
+from coldsnap.cost.step_model import attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +145,7 @@ class Batch:
             new = min(prompt - self._partial, room)
             self._partial += new
             room -= new
-            reads = new * (2 * self._partial - new + 1) / (2 * min(new, TILE))
-            seconds += speed.b * new + speed.d * reads
+            seconds += speed.b * new + speed.d * attention(new, self._partial)
             if self._partial == prompt:
                 waiting.popleft()
                 self._joining.append(number)
