@@ -10,7 +10,7 @@ With `--timed` an engine that keeps time stands for vLLM: what grows then is the
 The KV cache of the CPU build is the mapping beyond the 64 MiB of malloc's arenas, and told apart; `[heap]` is what
 malloc has by brk. Predicted: nothing grows by more than 2% after the first fifth of the requests, but for the heap of
 VLLM::Worker: torch allocates and frees tensors of other sizes at each step, the heap gets holes, and it grows ever
-more slowly. With MALLOC_MMAP_THRESHOLD_ set, which lets tensors beyond it go back to the kernel, it does not grow.
+more slowly (docs/decisions/2026-12-01-memory.md).
 """
 
 from __future__ import annotations
