@@ -7,6 +7,7 @@ nothing under the snapshot's name.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import re
 import shutil
@@ -68,9 +69,11 @@ def bake(options: argparse.Namespace) -> tuple[Path, Manifest]:
         if calibration and not how.fitted:
             fitted = " or ".join(name for name, each in SCHEMES.items() if each.fitted)
             raise BakeError(f"--calibrate: {scheme} has nothing to fit; use it with {fitted}")
+        if options.keep and how.preset is None:
+            raise BakeError(f"--keep: {scheme} leaves every layer as it is; leave it out")
         quantization = Quantization(
             scheme=scheme,
-            ignore=schemes.left_alone(checkpoint) if how.preset else (),
+            ignore=schemes.left_alone(checkpoint, options.keep) if how.preset else (),
             method="compressed-tensors" if how.preset else checkpoint.quant_method,
             group_size=options.group_size if how.grouped else None,
             calibration=calibration,
@@ -124,6 +127,7 @@ def _same(options: argparse.Namespace, out: Path, standing: Manifest, source: So
         and quantization.scheme == (options.scheme or quantization.scheme)
         and quantization.group_size in {None, options.group_size}
         and quantization.calibration == calibration
+        and all(fnmatch.filter(quantization.ignore, pattern) for pattern in options.keep)
         and standing.served_model_name == _served(options)
         and standing.engine_args == dict(options.engine_args)
     ):

@@ -6,8 +6,9 @@ has seen here is treated like the rest.
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from builder.checkpoint import Checkpoint, Tensor
 from coldsnap.desk.bake import AS_IS, GROUP_SIZES, SCHEMES
@@ -39,9 +40,17 @@ def choose(scheme: str | None, checkpoint: Checkpoint) -> str:
     return scheme
 
 
-def left_alone(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the modules with a matrix that must stay as it is: embeddings, head, routers, other towers."""
-    return tuple(sorted({_HEAD} | {module for module, _ in _matrices(checkpoint) if _sensitive(module, checkpoint)}))
+def left_alone(checkpoint: Checkpoint, keep: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the modules whose matrix stays: embeddings, head, routers, other towers, and what `keep` names."""
+    alone = {_HEAD} | {module for module, _ in _matrices(checkpoint) if _sensitive(module, checkpoint)}
+    layers = [module for module, _ in quantised(checkpoint)]
+    for pattern in keep:
+        if not (kept := fnmatch.filter(layers, pattern)):
+            raise BakeError(f"--keep: {pattern!r} matches none of the layers to quantise, such as {layers[0]}")
+        alone.update(kept)
+    if keep and alone.issuperset(layers):
+        raise BakeError("--keep: leaves no layer to quantise; use --scheme none")
+    return tuple(sorted(alone))
 
 
 def quantised(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

@@ -62,6 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--scheme", type=_scheme, metavar="|".join(SCHEMES), help="default: fp8-dynamic, or as-is if quantised already")
     add("--out", type=Path, help="the snapshot's folder (default: snapshots/NAME-SCHEME in the clone)")
     add("--group-size", type=int, choices=GROUP_SIZES, default=128, help="w4a16: columns that share a scale")
+    add("--keep", action="append", default=[], metavar="PATTERN", help="layers to leave in 16 bit, as a shell would "
+        "match their names: '*.down_proj'; may be repeated")  # fmt: skip
     add("--calibrate", type=Path, metavar="JSONL", help="fit the weights to these texts: one object a line, with "
         "`text`, `prompt` or `messages`")  # fmt: skip
     add("--calibrate-method", choices=METHODS, default="gptq", help="how to fit them (default: gptq)")

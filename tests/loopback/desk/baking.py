@@ -19,7 +19,7 @@ from coldsnap.settings import ROOT
 PYTHON = ROOT / ".venv-bake" / "bin" / "python"
 CONFIG: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 48}
 _LOOK_SECONDS = 0.005
-_LIMIT_SECONDS = 120.0
+_LIMIT_SECONDS = 240.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from builder.stages import size_of
+from safetensors import safe_open
 
 from coldsnap import cli
 from coldsnap.foundation.s3 import Place
@@ -245,6 +246,13 @@ BAD: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "a revision of a folder": (checkpoint, ("--revision", "main"), "--revision: "),
     "a limit on what is not measured": (checkpoint, ("--scheme", "none", "--max-kl", "1"), "could not be measured"),
     "nothing to calibrate": (checkpoint, ("--scheme", "none", "--calibrate", __file__), "none has nothing to fit"),
+    "nothing to keep": (checkpoint, ("--scheme", "none", "--keep", "*"), "--keep: none leaves every layer as it is"),
+    "no such layer": (
+        checkpoint,
+        ("--keep", "*.dawn_proj"),
+        "--keep: '*.dawn_proj' matches none of the layers to quan",
+    ),
+    "every layer kept": (checkpoint, ("--keep", "*"), "--keep: leaves no layer to quantise; use --scheme none"),
     "a text that is not there": (checkpoint, ("--gate-text", "no.txt"), "--gate-text: no.txt: expected a UTF-8 text"),
     "an engine argument without value": (checkpoint, ("--engine-arg", "x"), "--engine-arg: expected NAME=VALUE"),
 }
@@ -314,3 +322,16 @@ async def test_a_checkpoint_that_changes_between_two_bakes_is_noticed(tmp_path: 
         ended = await bake(model, *arguments, home=tmp_path)
         assert ended.code == 0, ended
         assert "changed" in (tmp_path / "out" / "tokenizer.json").read_text()
+
+
+async def test_layers_can_be_kept_as_they_are(model: Path, tmp_path: Path) -> None:
+    arguments = (model, "--out", tmp_path / "out", "--scheme", "w8a8")
+    ended = await bake(*arguments, "--keep", "*.0.mlp.down_proj", home=tmp_path)
+    assert ended.code == 0, ended
+    ignored = load_manifest(tmp_path / "out").quantization.ignore
+    assert ignored == ("lm_head", "model.embed_tokens", "model.layers.0.mlp.down_proj")
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as weights:
+        kept, other = (weights.get_slice(f"model.layers.{layer}.mlp.down_proj.weight") for layer in (0, 1))
+        assert (kept.get_dtype(), other.get_dtype()) == ("BF16", "I8")
+    another = await bake(*arguments, "--keep", "*.1.mlp.down_proj", home=tmp_path)
+    assert "holds another snapshot already" in another.error
