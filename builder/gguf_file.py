@@ -86,6 +86,7 @@ def unpack(path: Path, folder: Path) -> None:
         for name, key in _SPECIAL.items():  # transformers 5.17 takes SmolLM2's <|im_start|> for the end of a text
             if (number := _value(header, f"tokenizer.ggml.{key}_token_id")) is not None:
                 setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number)))
+        tokenizer.clean_up_tokenization_spaces = False  # it would take spaces before punctuation out of every answer
         model.hf_quantizer = None  # it is an ordinary model now, which `save_pretrained` must be told
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -35,6 +35,7 @@ async def test_a_gguf_becomes_a_snapshot_with_its_weights_and_words(tmp_path: Pa
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= manifest.files.keys()
     tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert tokenizer["eos_token"] == "<|im_end|>"
+    assert not tokenizer["clean_up_tokenization_spaces"]
     with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as weights:
         assert "lm_head.weight" not in weights.keys()  # noqa: SIM118 (it is no dict): tied, as the file has it
         bfloat16 = weights.get_slice(UP)
