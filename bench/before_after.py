@@ -49,7 +49,12 @@ def main() -> None:
         places = list(zip(checkouts, homes, strict=True))
         for checkout, home in places:
             boot(checkout, home)
-        rounds = [[boot(checkout, home) for checkout, home in places] for _ in range(arguments.rounds)]
+        rounds: list[list[dict[str, float]]] = []
+        for _ in range(arguments.rounds):
+            rounds.append([boot(checkout, home) for checkout, home in places])
+            print(
+                *(f"{each['ready']:.2f} ({each['processor']:.2f})" for each in rounds[-1]), file=sys.stderr, flush=True
+            )
     print(f"| seconds, median of {arguments.rounds} | {' | '.join(COLUMNS)} | ready, against the first |")
     print("|---" * (len(COLUMNS) + 2) + "|")
     for index, checkout in enumerate(checkouts):
