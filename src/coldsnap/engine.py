@@ -77,9 +77,13 @@ class Meter:
     """A future for each call of the engine, done once the call is accounted for."""
     final: bool = False
     """Whether the job's record has been written: seconds that come later are overhead."""
+    open: int = 0
+    """Completions that the engine is at: `n`, times the prompts of a batched request."""
     sequences: int = 0
     """Completions started: `n`, times the prompts of a batched request."""
     finish_reason: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What was done other than the job asked, in sentences."""
 
     async def settle(self) -> None:
         """Make the meter final once the engine has let go of what was aborted: a step or two."""

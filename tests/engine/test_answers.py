@@ -129,6 +129,9 @@ async def test_max_tokens_beyond_the_context_is_bounded_by_what_the_prompt_leave
     assert plain["finish_reason"] == "length"
     assert plain["usage"]["total_tokens"] == CONTEXT
     assert 100 < plain["usage"]["completion_tokens"] < 300
+    left = plain["usage"]["completion_tokens"]
+    (warning,) = plain["warnings"]
+    assert f"sampling_params.max_tokens: {10 * CONTEXT} asked for; the prompt leaves {left}" in warning
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -208,6 +208,18 @@ async def test_messages_in_anthropics_shape_are_served(worker: Worker) -> None:
     assert counted["input_tokens"] == plain["usage"]["input_tokens"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_errors_in_anthropics_shape_keep_their_status_through_the_gateway(
+    client: openai.AsyncOpenAI, stream: bool
+) -> None:
+    body = {"model": MODEL, "max_tokens": 5, "messages": [user(QUESTION)], "stream": stream}
+    for wrong, status in (({"model": "other"}, 404), ({"max_tokens": -1}, 400)):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.post("/messages", body=body | wrong, cast_to=object)
+        assert caught.value.status_code == status
+        assert caught.value.response.json()["error"]["code"] == status
+
+
 async def test_generic_jobs_tokenize_and_detokenize(plane: ControlPlane) -> None:
     for text in (QUESTION, CORPUS[HELLO]):
         job = {"route": "/tokenize", "method": "POST", "body": {"model": MODEL, "prompt": text}}

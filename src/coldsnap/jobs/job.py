@@ -29,6 +29,7 @@ from coldsnap.settings import Settings
 _NOT_FOUND = 404
 _ERROR_STATUS = 400
 _SERVER_ERROR = 500
+_MESSAGE_CHARACTERS = 2000
 
 _CHUNK_CHARACTERS = 160_000
 """A chunk of the platform is at most 1 MB, and JSON needs at most six bytes for a character."""
@@ -113,11 +114,10 @@ class Jobs:
             error = type(failure).__name__
             raise JobError(f"{type(failure).__name__}: {failure}") from failure
         finally:
-            ended = time.monotonic()
             try:
                 await meter.settle()
             finally:
-                times = arrival, ended
+                times = arrival, time.monotonic()  # of a cancelled job the engine's last steps are in both
                 record = self._record(str(job.get("id")), request, meter, times, error)
                 self._sink.write(record.model_copy(update={"boot": boot}))
 
@@ -152,6 +152,7 @@ class Jobs:
                 "gpu_seconds": cost.gpu_seconds,
             }
             | ({"cost": cost.fields()} if self._settings.cost_in_response else {})
+            | ({"warnings": meter.warnings} if meter.warnings else {})
         )
 
     async def _http(self, request: Http, meter: Meter) -> AsyncGenerator[Piece, None]:
@@ -229,6 +230,10 @@ class _Answered(JobError):
         if isinstance(body, dict) and body.get("error"):
             self._body = body
             error = body["error"]
+            if isinstance(error, dict):
+                error.setdefault("code", status)  # the bodies of Anthropic's routes have none
+                if len(message := str(error.get("message"))) > _MESSAGE_CHARACTERS:  # it repeats what the job said
+                    error["message"] = f"{message[:_MESSAGE_CHARACTERS]}…"
             self.type = str(error.get("type", self.type)) if isinstance(error, dict) else self.type
         elif status == _NOT_FOUND:
             missing = NotFound(f"{path}: this model does not serve it", param="route")

@@ -23,6 +23,7 @@ OPENAI = ("openai_route", "openai_input")
 GENERIC = ("route", "body", "method")
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_OBJECTS = ("structured_outputs", "vllm_xargs")
 _DEEPEST = 100
 """Levels of nesting in a job's input; orjson stops at 254."""
 
@@ -59,6 +60,17 @@ def parse(job: Mapping[str, Any], models: tuple[str, ...]) -> Native | Http:
     if "route" in content:
         return _parse_http(content, GENERIC, models)
     return _parse_native(content, str(job.get("id")), models)
+
+
+def sequences(job: Mapping[str, Any]) -> int:
+    """Return how many completions a job asks for, at least 1, before anybody has checked it."""
+    content = job.get("input")
+    content = content if isinstance(content, dict) else {}
+    body = next((content[name] for name in ("openai_input", "body", "sampling_params") if name in content), None)
+    body = body if isinstance(body, dict) else {}
+    n, prompts = body.get("n"), body.get("prompt", body.get("messages"))
+    several = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else 1
+    return several * (max(n, 1) if isinstance(n, int) else 1)
 
 
 def _parse_native(content: dict[str, Any], job_id: str, models: tuple[str, ...]) -> Native:
@@ -108,10 +120,27 @@ def _parse_http(content: dict[str, Any], names: tuple[str, ...], models: tuple[s
         data = b"" if body is None else orjson.dumps(body)
     except TypeError as error:  # an integer of more than 64 bits, lists in lists in lists
         raise InvalidInput(f"{body_name}: cannot be written as JSON: {error}", param=body_name) from error
+    if path in routes.TOKENIZED and len(data) > routes.TOKENIZED_BYTES:
+        raise InvalidInput(
+            f"{body_name}: {len(data)} bytes; {path} takes {routes.TOKENIZED_BYTES} at most", param=body_name
+        )
     body = body or {}
+    _check_objects(body, body_name)
     # Any other name goes to vLLM, which refuses it, but not into the record: it may be anything.
     model = next((name for name in models if name == body.get("model")), models[0])
     return Http(HttpRequest(method, path, query, data), body.get("stream") is True, model)
+
+
+def _check_objects(body: dict[str, Any], where: str) -> None:
+    """Check what vLLM's application takes for objects without looking, and answers with a 500."""
+    for name in _OBJECTS:
+        if not isinstance(body.get(name) or {}, dict):
+            raise InvalidInput(
+                f"{where}.{name}: expected an object, found {_kind(body[name])}", param=f"{where}.{name}"
+            )
+    for name, place in (("kv_transfer_params", body), ("vllm_xargs.kv_transfer_params", body.get("vllm_xargs") or {})):
+        if place.get("kv_transfer_params") is not None:
+            raise InvalidInput(f"{where}.{name}: not open to jobs", param=f"{where}.{name}")
 
 
 def _check_messages(messages: Any) -> None:

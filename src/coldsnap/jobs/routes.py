@@ -39,6 +39,10 @@ ALLOWED: Mapping[str, str] = {
     "/health": "GET",
 }
 
+TOKENIZED: frozenset[str] = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+"""Routes whose text need not fit into the model's context, so that nothing else bounds what it takes to read."""
+TOKENIZED_BYTES = 1_000_000
+
 _REFUSED = re.compile(
     r"/(docs|redoc|openapi\.json|static|metrics|load|ping|readyz?|server_info|kv_event_sources|tokenizer_info|"
     r"sleep|wake_up|is_sleeping|release_kv_cache_memory|pause|resume|is_paused|abort_requests|"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,11 +54,12 @@ class Sampling:
         values = self._defaults | {name: value for name, value in given.items() if value is not None}
         try:
             return msgspec.convert(values, self._parameters, str_keys=True)
-        except msgspec.ValidationError as error:
-            # A wrong type has its path behind the message; a wrong value is vLLM's own error.
+        except Exception as error:
+            # A wrong type has its path behind the message; a wrong value is vLLM's own error, wrapped or not.
             message, _, path = str(error).partition(" - at `")
-            cause = self._translate(error.__cause__) if isinstance(error.__cause__, Exception) else None
-            message = cause.message if cause else message
-            name = path.rpartition("$.")[2].rstrip("`") or next((n for n in self._fields if n in message), "")
+            cause = error.__cause__ if isinstance(error, msgspec.ValidationError) else error
+            message = self._translate(cause).message if isinstance(cause, Exception) else message
+            named = path.rpartition("$.")[2].rstrip("`")
+            name = named or next((word for word in re.findall(r"\w+", message) if word in self._fields), "")
             where = f"sampling_params.{name}" if name else "sampling_params"
             raise InvalidInput(f"{where}: {message}", param=where) from error

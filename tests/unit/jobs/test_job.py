@@ -611,7 +611,12 @@ class TestHttp:
     async def test_so_does_one_of_anthropics_form(self, tmp_path: Path, kind: str | None) -> None:
         body = {"type": "error", "error": {"type": kind, "message": "no"}}
         worker = self.worker(tmp_path, orjson.dumps(body), status=400)
-        assert error_of(await worker.run(CHAT)) == body["error"]
+        assert error_of(await worker.run(CHAT)) == {"type": kind, "message": "no", "code": 400}
+
+    async def test_an_error_does_not_repeat_a_whole_job(self, tmp_path: Path) -> None:
+        body = {"error": {"type": "Bad Request", "message": "x" * 30_000, "param": None, "code": 400}}
+        error = error_of(await self.worker(tmp_path, orjson.dumps(body), status=400).run(CHAT))
+        assert error["message"] == "x" * 2000 + "…"
 
     async def test_a_route_that_this_model_has_not_is_not_found(self, tmp_path: Path) -> None:
         worker = Worker(FakeEngine(), tmp_path)
