@@ -32,6 +32,7 @@ from coldsnap.snapshot.weights import WeightsCheck
 from coldsnap.timeline import Timeline
 from coldsnap.vllm import engine as vllm_engine
 from coldsnap.vllm import release as vllm_release
+from coldsnap.vllm.grammar import Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,10 @@ def boot(
         timeline.beside["cache"] = cached.seconds
         timeline.mark("cache")
 
+    grammars = Grammars(
+        vllm_engine.follow_grammars, most_bytes=settings.grammar_max_bytes, seconds=settings.grammar_seconds
+    )
+    grammars.start()
     spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}
     manifest = supply.manifest
     if supply.weights is not None:
@@ -146,6 +151,8 @@ def boot(
             chunk_interval=settings.chunk_interval_ms / 1000,
             stall_seconds=settings.engine_stall_seconds,
             metrics=settings.metrics_push_url is not None,
+            grammars=grammars,
+            max_n=settings.max_n,
             mark=timeline.mark,
             warn=_warn,
         )

@@ -117,6 +117,27 @@ class Settings(BaseModel):
         ge=1,
         description="Jobs taken from the platform at once; what the engine cannot run waits in vLLM's queue.",
     )
+    max_n: int = Field(
+        32,
+        alias="MAX_N",
+        ge=1,
+        le=16_384,
+        description="Completions that a job may ask for: `n`, times its prompts. It counts as so many jobs.",
+    )
+    grammar_max_bytes: int = Field(
+        100_000,
+        alias="GRAMMAR_MAX_BYTES",
+        ge=100,
+        le=10_000_000,
+        description="Size of a schema, regular expression or other grammar that an answer must follow.",
+    )
+    grammar_seconds: float = Field(
+        2.0,
+        alias="GRAMMAR_SECONDS",
+        gt=0,
+        le=60,
+        description="Processor time for a new grammar: to compile it and to follow it for 512 tokens.",
+    )
     chunk_interval_ms: float = Field(
         4.0,
         alias="CHUNK_INTERVAL_MS",

@@ -21,6 +21,7 @@ from coldsnap.foundation.background import Background
 from coldsnap.jobs import dispatch, post
 from coldsnap.jobs.egress import Egress
 from coldsnap.jobs.job import Jobs
+from coldsnap.jobs.request import sequences
 from coldsnap.life import TICK_SECONDS, Life
 from coldsnap.records.metrics import Metrics, Push
 from coldsnap.records.sink import Sink
@@ -159,6 +160,10 @@ class _Worker:
             self._life.tick()
             if self._booted.settings.metrics_push_url and (totals := self._life.totals()):
                 self._metrics.see(totals)  # the record comes every 10 s, every 60 in an idle worker
+
+    def weigh(self, job: dict[str, Any]) -> int:
+        """See `dispatch.Worker`: a job of `n` completions counts as `n`."""
+        return min(sequences(job), self._booted.settings.max_n)
 
     def draining(self) -> None:
         """See `dispatch.Worker`."""

@@ -30,6 +30,10 @@ class Worker(Protocol):
 
     concurrency: int
     drain_seconds: float
+
+    def weigh(self, job: dict[str, Any]) -> int:
+        """Return how many of `concurrency` a job takes up."""
+
     handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
     """Runs one job and posts what comes of it."""
 
@@ -70,7 +74,7 @@ class _EventDriven:
         super().__init__(config)  # type: ignore[call-arg] # JobScaler's
         self.jobs_queue = asyncio.Queue()
         self.jobs_handler = self.worker.handle_job
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], int] = {}
         self._stopped_early: dict[str, float] = {}
         self.worker.attach(self)
 
@@ -118,7 +122,7 @@ class _EventDriven:
     async def _take(self: Any, session: Any) -> None:
         """Take jobs until cancelled: also while draining, because the open request may still deliver."""
         while True:
-            while (free := self.worker.concurrency - len(self._running)) <= 0:
+            while (free := self.worker.concurrency - sum(self._running.values())) <= 0:
                 await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
             fetch = asyncio.ensure_future(self.jobs_fetcher(session, free))
             try:
@@ -143,11 +147,11 @@ class _EventDriven:
         self.job_progress.add(job)
         task = asyncio.create_task(self.handle_job(session, job))
         self.jobs_tasks[job["id"]] = task  # where the stop channel looks
-        self._running.add(task)
+        self._running[task] = self.worker.weigh(job)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         if not task.cancelled():
             task.exception()  # handle_job has logged it
 

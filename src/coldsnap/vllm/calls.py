@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from coldsnap.engine import Meter
+from coldsnap.errors import InvalidInput
 
 if TYPE_CHECKING:
     from coldsnap.cost.accounts import Accounts
+    from coldsnap.vllm.grammar import Grammars
 
 METER: ContextVar[Meter | None] = ContextVar("coldsnap_meter", default=None)
 """The meter of the job that runs."""
@@ -23,13 +25,25 @@ class MeteredLLM:
     """Put before vLLM's `AsyncLLM` in a class of both: every request, native or not, is noted in the job's meter."""
 
     accounts: Accounts
+    grammars: Grammars
+    max_n: int
+    refusal: Callable[..., Exception]
+    """vLLM's error for what a request may not ask: its application makes a 400 of it."""
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """See `AsyncLLM.generate`."""
+        """See `AsyncLLM.generate`. Refuses what would make more than `max_n` completions of a job at a time."""
+        meter = METER.get() or Meter()
+        meter.open += sampling_params.n
+        if meter.open > self.max_n:
+            raise self.refusal(
+                f"n: {meter.open} completions or more are asked for; at most MAX_N={self.max_n} are made at a time for "
+                "one job, each prompt's counted",
+                parameter="n",
+            )
         outputs = super().generate(prompt, sampling_params, request_id, *args, **kwargs)  # type: ignore[misc]
-        call = self._metered(outputs, request_id, sampling_params.n)
+        call = self._metered(outputs, request_id, meter, sampling_params)
         if (calls := MADE.get()) is not None:
             calls.append(call)
         return call
@@ -39,12 +53,17 @@ class MeteredLLM:
     ) -> AsyncGenerator[Any, None]:
         """See `AsyncLLM.encode`."""
         outputs = super().encode(prompt, pooling_params, request_id, *args, **kwargs)  # type: ignore[misc]
-        return self._metered(outputs, request_id, 1)
+        return self._metered(outputs, request_id, METER.get() or Meter())
 
     async def _metered(
-        self, outputs: AsyncGenerator[Any, None], request_id: str, requests: int
+        self, outputs: AsyncGenerator[Any, None], request_id: str, meter: Meter, sampling: Any = None
     ) -> AsyncGenerator[Any, None]:
-        meter = METER.get() or Meter()
+        requests = sampling.n if sampling else 1
+        if sampling and sampling.structured_outputs is not None:
+            try:
+                await self.grammars.check(sampling.structured_outputs)
+            except InvalidInput as error:
+                raise self.refusal(error.message, parameter=error.param) from error
         account = self.accounts.open(request_id, requests, meter)
         output, aborted = None, False
         try:
@@ -59,6 +78,7 @@ class MeteredLLM:
             aborted = output is None or not output.finished
             raise
         finally:
+            meter.open -= requests
             self.accounts.close(account, aborted=aborted)
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
@@ -25,9 +26,10 @@ from coldsnap import patches, processes
 from coldsnap.cost import step_meter
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Limits, Meter, Usage
 from coldsnap.errors import ColdsnapError, EngineBootError, EngineDead, InvalidInput, SettingsError, Unavailable
-from coldsnap.vllm import arguments, asgi, calls, remembered, translation
+from coldsnap.vllm import arguments, asgi, calls, grammar, remembered, translation
 from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.calls import MeteredLLM
+from coldsnap.vllm.grammar import Grammars
 from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
 from coldsnap.vllm.sampling import Sampling
 from coldsnap.vllm.stall import Watchdog
@@ -137,6 +139,8 @@ def boot(
     chunk_interval: float,
     stall_seconds: float,
     metrics: bool,
+    grammars: Grammars,
+    max_n: int,
     mark: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> VllmEngine:
@@ -166,7 +170,7 @@ def boot(
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
     try:
-        llm = _metered_llm(accounts, Pace(chunk_interval), metrics=metrics).from_vllm_config(
+        llm = _metered_llm(accounts, grammars, Pace(chunk_interval), max_n=max_n, metrics=metrics).from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
@@ -181,7 +185,7 @@ def boot(
     vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     info = _info(config, tuple(args.served_model_name or [model]), digest, start_method)
-    return VllmEngine(llm, args, info, accounts, Watchdog(stall_seconds))
+    return VllmEngine(llm, args, info, accounts, grammars, Watchdog(stall_seconds))
 
 
 def _info(
@@ -208,7 +212,9 @@ def _info(
 class VllmEngine:
     """The `Engine` of `coldsnap.engine`, on an `AsyncLLM` in this process and its core in a forked child."""
 
-    def __init__(self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts, watchdog: Watchdog) -> None:
+    def __init__(
+        self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts, grammars: Grammars, watchdog: Watchdog
+    ) -> None:
         from vllm.renderers.params import ChatParams
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -216,6 +222,7 @@ class VllmEngine:
         self._llm = llm
         self._args = args
         self._accounts = accounts
+        self._grammars = grammars
         self._watchdog = watchdog
         self._warm = False
         self._app: asyncio.Future[Any] | None = None
@@ -237,11 +244,17 @@ class VllmEngine:
                     f"the context of {self.info.max_model_len} tokens; send a shorter one",
                     param=field,
                 )
+            if sampling.max_tokens is not None and sampling.max_tokens > left:
+                meter.warnings.append(
+                    f"sampling_params.max_tokens: {sampling.max_tokens} asked for; the prompt leaves {left} in the "
+                    f"context of {self.info.max_model_len} tokens"
+                )
             sampling.max_tokens = min(sampling.max_tokens or left, left)
             sampling.output_kind = self._delta
             calls.METER.set(meter)
-        sampled = "structured_outputs" in request.sampling
-        with _translated({}, "sampling_params.structured_outputs" if sampled else "sampling_params"):
+        constraint = "sampling_params.structured_outputs"
+        unnamed = constraint if "structured_outputs" in request.sampling else "sampling_params"
+        with _translated({"structured_outputs": constraint}, unnamed):
             async with contextlib.aclosing(self._llm.generate(prompt, sampling, request.id)) as outputs:
                 async for output in outputs:
                     for part in output.outputs:
@@ -294,6 +307,7 @@ class VllmEngine:
             raise EngineBootError(f"the engine started but cannot answer: {error.message}") from error
         finally:
             answered.cancel()
+        self._grammars.prepare(self._llm.vllm_config)
 
     def usage(self) -> Usage:
         """See `Engine.usage`."""
@@ -303,6 +317,7 @@ class VllmEngine:
         """See `Engine.check`."""
         if self._llm.errored:
             raise EngineDead("the engine process is gone")
+        self._grammars.alive()
         # The first step may compile. What cannot be metered cannot be watched.
         if self._warm and (steps := self._accounts.steps) is not None:
             self._watchdog.look(steps, busy=self._accounts.busy)
@@ -313,6 +328,7 @@ class VllmEngine:
         with processes.without_leaks():
             self._llm.shutdown(timeout=0.0)
         self._accounts.end()
+        self._grammars.close()
 
     async def _application(self) -> Any:
         if self._app is None:
@@ -324,6 +340,7 @@ class VllmEngine:
         tasks = await self._llm.get_supported_tasks()
         app = build(self._args, tasks, self._llm.model_config)
         await init(self._llm, app.state, self._args, tasks)
+        app.state.server = SimpleNamespace()  # what vLLM's handler of errors tells when its engine is dead
         gc.freeze()  # see `worker`: it stays as long as the worker does
         return app
 
@@ -352,8 +369,35 @@ class VllmEngine:
         return prompt
 
 
-def _metered_llm(accounts: Accounts, pace: Pace, *, metrics: bool) -> Any:
+def follow_grammars(config: Any) -> Callable[[Any], None]:
+    """Return what compiles a job's `structured_outputs` as the engine's process would, and follows it."""
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.tokenizers import cached_tokenizer_from_config
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+    manager = StructuredOutputManager(config)
+    manager._use_async_grammar_compilation = False  # noqa: SLF001 -- it has no public name
+    tokenizer = cached_tokenizer_from_config(config.model_config)
+
+    def attempt(constraint: Any) -> None:
+        sampling = SamplingParams(structured_outputs=constraint)
+        sampling.verify(config.model_config, None, config.structured_outputs_config, tokenizer)
+        wanted = StructuredOutputRequest.from_sampling_params(sampling)
+        manager.grammar_init(
+            SimpleNamespace(request_id="trial", sampling_params=sampling, structured_output_request=wanted)
+        )
+        if isinstance(wanted.grammar, Exception):
+            raise wanted.grammar
+        grammar.follow(wanted.grammar, manager.backend.allocate_token_bitmask(1))
+
+    attempt(StructuredOutputsParams(regex="a"))  # makes the tables of the tokenizer, for all that follow
+    return attempt
+
+
+def _metered_llm(accounts: Accounts, grammars: Grammars, pace: Pace, *, max_n: int, metrics: bool) -> Any:
     """Return `AsyncLLM`, its streams paced, and every request, native or not, noted in the job's meter."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.async_llm import AsyncLLM
 
     paced = _paced(pace) if patches.allowed("pace") else None
@@ -362,6 +406,9 @@ def _metered_llm(accounts: Accounts, pace: Pace, *, metrics: bool) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.accounts = accounts
+            self.grammars = grammars
+            self.max_n = max_n
+            self.refusal = VLLMValidationError
             if paced is not None:
                 self.output_processor.__class__ = paced
                 if not metrics:

@@ -37,7 +37,7 @@ def scaler_of(handle_job: Callable[..., Awaitable[None]], said: list[str]) -> An
             await handle_job(session, None, job)
 
     sdk = SimpleNamespace(JobScaler=JobScaler, log=SimpleNamespace(error=said.append))
-    worker = SimpleNamespace(handle_job=handle_job, attach=lambda _: None)
+    worker = SimpleNamespace(handle_job=handle_job, attach=lambda _: None, weigh=lambda _: 1)
     return dispatch.event_driven(sdk, worker)({})  # type: ignore[arg-type]
 
 
@@ -81,3 +81,38 @@ async def test_a_cancel_that_overtakes_its_job_stops_it_and_an_old_one_does_not(
     scaler._begin(None, {"id": "again"})  # a retried job keeps its id
     await asyncio.sleep(0)
     assert begun == ["other", "again"]
+
+
+async def test_a_job_counts_as_the_completions_that_it_asks_for() -> None:
+    asked: list[int] = []
+    ends: dict[str, asyncio.Event] = {name: asyncio.Event() for name in ("heavy", "light")}
+    deliveries = [[{"id": "heavy", "input": {}}], [{"id": "light", "input": {}}]]
+
+    async def handle_job(_session: Any, _config: Any, job: dict[str, Any]) -> None:
+        await ends[job["id"]].wait()
+
+    class JobScaler:
+        def __init__(self, config: dict[str, Any]) -> None:
+            self.jobs_tasks: dict[str, asyncio.Task[None]] = {}
+            self.job_progress: set[str] = SimpleNamespace(add=lambda _: None)  # type: ignore[assignment]
+
+        async def handle_job(self, session: Any, job: dict[str, Any]) -> None:
+            await handle_job(session, None, job)
+
+        async def jobs_fetcher(self, _session: Any, free: int) -> list[dict[str, Any]]:
+            asked.append(free)
+            await asyncio.sleep(0 if deliveries else 3600)
+            return deliveries.pop(0)
+
+    worker = SimpleNamespace(
+        handle_job=handle_job, attach=lambda _: None, concurrency=9, weigh=lambda job: 8 if job["id"] == "heavy" else 1
+    )
+    scaler = dispatch.event_driven(SimpleNamespace(JobScaler=JobScaler), worker)({})  # type: ignore[arg-type]
+    taking = asyncio.create_task(scaler._take(None))
+    await asyncio.sleep(0.05)
+    assert asked == [9, 1]  # and none while all nine are taken
+    ends["heavy"].set()
+    await asyncio.sleep(0.05)
+    assert asked == [9, 1, 8]
+    ends["light"].set()
+    taking.cancel()
