@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test families check image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test hostile families check image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -16,6 +16,10 @@ test: ## set up .venv and run the tests
 	@scripts/setup.sh test
 	@scripts/setup.sh bake
 	@$(py) -m pytest -q
+
+hostile: ## send the worker ten thousand hostile jobs, and Hypothesis' own
+	@scripts/setup.sh test
+	@HOSTILE=1 $(py) -m pytest -q -rP tests/engine/test_hostile.py tests/engine/test_bombs.py
 
 families: ## bake and serve tiny checkpoints of many families; write docs/families.md
 	@scripts/setup.sh demo

@@ -10,7 +10,7 @@ import pytest
 
 from coldsnap.testing import JobFailed
 
-from .worker import CORPUS, EMOJI_ONLY, Worker, text, user
+from .worker import CORPUS, EMOJI_ONLY, PATIENCE, Worker, text, user
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -74,7 +74,7 @@ async def test_the_same_holds_for_every_way_that_leads_to_the_engine(worker: Wor
     route, body = WAYS[name]
     job = worker.plane.submit({"openai_route": f"/v1/{route}", "openai_input": body})
     try:
-        answer = "".join(await job.result(60))  # a stream has begun before its grammar is read
+        answer = "".join(await job.result(PATIENCE))  # a stream has begun before its grammar is read
     except JobFailed as failure:
         answer = failure.error
     assert "GRAMMAR_" in answer
@@ -87,7 +87,7 @@ async def test_a_good_grammar_is_followed_while_bad_ones_are_tried(worker: Worke
         worker.plane.submit({"prompt": "hi", "sampling_params": {"structured_outputs": {"regex": f"{i}{NESTED}"}}})
         for i in range(4)
     ]
-    plain = text(await worker.ask(EMOJI_ONLY).result(30))
+    plain = text(await worker.ask(EMOJI_ONLY).result(PATIENCE))
     assert plain == CORPUS[EMOJI_ONLY]
     sampling = {
         "structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True},
@@ -95,7 +95,7 @@ async def test_a_good_grammar_is_followed_while_bad_ones_are_tried(worker: Worke
         "temperature": 0,
     }
     job = worker.plane.submit({"messages": [user("hi")], "sampling_params": sampling})
-    assert json.loads(text(await job.result(60)))["a"] in {"yes", "no"}
+    assert json.loads(text(await job.result(PATIENCE)))["a"] in {"yes", "no"}
     for bomb in bombs:
         with pytest.raises(JobFailed, match="GRAMMAR_SECONDS"):
-            await bomb.result(60)
+            await bomb.result(PATIENCE)

@@ -53,7 +53,9 @@ class MeteredLLM:
     ) -> AsyncGenerator[Any, None]:
         """See `AsyncLLM.encode`."""
         outputs = super().encode(prompt, pooling_params, request_id, *args, **kwargs)  # type: ignore[misc]
-        return self._metered(outputs, request_id, METER.get() or Meter())
+        meter = METER.get() or Meter()
+        meter.open += 1
+        return self._metered(outputs, request_id, meter)
 
     async def _metered(
         self, outputs: AsyncGenerator[Any, None], request_id: str, meter: Meter, sampling: Any = None

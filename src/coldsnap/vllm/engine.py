@@ -185,7 +185,7 @@ def boot(
     vllm.envs.enable_envs_cache()  # as its other processes do: it asks the environment at each token
     mark("engine")
     info = _info(config, tuple(args.served_model_name or [model]), digest, start_method)
-    return VllmEngine(llm, args, info, accounts, grammars, Watchdog(stall_seconds))
+    return VllmEngine(llm, args, info, accounts, grammars=grammars, watchdog=Watchdog(stall_seconds))
 
 
 def _info(
@@ -213,7 +213,7 @@ class VllmEngine:
     """The `Engine` of `coldsnap.engine`, on an `AsyncLLM` in this process and its core in a forked child."""
 
     def __init__(
-        self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts, grammars: Grammars, watchdog: Watchdog
+        self, llm: Any, args: Any, info: EngineInfo, accounts: Accounts, *, grammars: Grammars, watchdog: Watchdog
     ) -> None:
         from vllm.renderers.params import ChatParams
         from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -106,7 +106,7 @@ async def test_a_job_that_is_cancelled_takes_its_trials_verdict_from_nobody(gram
 async def test_without_the_process_the_worker_is_not_fit(grammars: Grammars) -> None:
     await grammars.check("fine")
     grammars.close()
-    grammars._process.join(5)
+    grammars._process.join(60)
     assert "is gone" in await complaint(grammars, "another")
     with pytest.raises(EngineDead, match="the process that tries grammars is gone"):
         grammars.alive()
