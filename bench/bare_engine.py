@@ -58,28 +58,37 @@ async def serve(llm: Any, make: Any) -> None:
         print(json.dumps(await run(llm, make, **json.loads(line))), flush=True)
 
 
-def main() -> None:
-    """Boot the engine and serve."""
-    from coldsnap.settings import Settings
+def start(folder: Path, **more: Any) -> Any:
+    """Start the engine on a snapshot as the worker starts it; `more` are engine arguments."""
     from coldsnap.snapshot import manifest as snapshot
     from coldsnap.vllm import engine as vllm_engine
     from coldsnap.vllm import release as vllm_release
 
-    folder = Settings.read(os.environ).snapshot()
-    assert folder is not None
-    manifest = snapshot.load_manifest(folder)
-    os.environ.update(vllm_release.environment(os.environ, manifest.engine_args) | {"HF_HUB_OFFLINE": "1"})
+    baked = snapshot.load_manifest(folder).engine_args
+    arguments = vllm_release.defaults(os.environ, baked) | baked | more
+    os.environ.update(vllm_release.environment(os.environ, baked) | {"HF_HUB_OFFLINE": "1"})
     vllm_engine.load(os.environ)
-    import uvloop
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    config = AsyncEngineArgs(model=str(folder), **manifest.engine_args).create_engine_config()
+    config = AsyncEngineArgs(model=str(folder), **arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     gc.freeze()
     llm = AsyncLLM.from_vllm_config(config)
     gc.enable()  # load() has switched it off
+    return llm
+
+
+def main() -> None:
+    """Boot the engine on the snapshot that the environment names and serve."""
+    from coldsnap.settings import Settings
+
+    folder = Settings.read(os.environ).snapshot()
+    assert folder is not None
+    llm = start(folder)
+    import uvloop
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     def make(tokens: int) -> SamplingParams:
         return SamplingParams(max_tokens=tokens, temperature=0.0, output_kind=RequestOutputKind.DELTA)

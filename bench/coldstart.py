@@ -70,7 +70,14 @@ def evict(*folders: Path) -> int:
 
 def base(home: Path) -> dict[str, str]:
     """Return what both contenders find in their environment."""
-    kept = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+    own = (
+        "PATH",
+        "PYTHONPATH",
+        "LD_LIBRARY_PATH",
+        "CUDA_HOME",
+        "CUDA_VISIBLE_DEVICES",
+    )  # where this machine has things
+    kept = {name: os.environ[name] for name in own if name in os.environ} | {"HOME": str(home), "LANG": "C.UTF-8"}
     return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 

@@ -330,8 +330,8 @@ async def ring(checkouts: Sequence[Path], peer: Path | None, *, server: bool = F
 
 
 def baked() -> tuple[Path, dict[str, Any]]:
-    """Return the demo's snapshot and the engine arguments that were baked into it."""
-    folder = Settings.read({}).snapshot()
+    """Return the snapshot that the environment names, or the demo's, and the engine arguments baked into it."""
+    folder = Settings.read(os.environ).snapshot()
     assert folder is not None
     return folder, dict(snapshot.load_manifest(folder).engine_args)
 

@@ -248,19 +248,19 @@ class Endpoint:
     async def ended(self, workers: int) -> None:
         """Wait until so many workers have written their last record."""
         async with asyncio.timeout(60):
-            while sum(record["final"] for record in self.records("worker")) < workers:  # noqa: ASYNC110
+            while sum(record["final"] for record in self.records("worker")) < workers:
                 await asyncio.sleep(0.1)
 
     async def ready(self, workers: int) -> None:
         async with asyncio.timeout(60):
-            while len(self.records("cold_start")) < workers:  # noqa: ASYNC110
+            while len(self.records("cold_start")) < workers:
                 await asyncio.sleep(0.1)
         await asyncio.sleep(1.0)
 
 
 @contextlib.asynccontextmanager
 async def serve(folder: Path, kind: Kind, scaling: Scaling, concurrency: int) -> AsyncIterator[Endpoint]:
-    folder.mkdir(parents=True)  # noqa: ASYNC240 -- nothing else runs yet
+    folder.mkdir(parents=True)
     more = {"COLDSNAP_LEDGER_DIR": str(folder), "MAX_CONCURRENCY": str(concurrency)}
     options = [
         "serve", "--port", "0", "--key", KEY, "--state", str(folder / "serve.db"), "--handler", str(kind.handler),

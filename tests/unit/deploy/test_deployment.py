@@ -280,7 +280,7 @@ class TestRunbooks:
     FILES = sorted((ROOT / "docs" / "runbooks").glob("*.md"))
 
     def test_they_are_there(self) -> None:
-        assert [file.stem for file in self.FILES] == ["new-model", "new-vllm", "rollback"]
+        assert [file.stem for file in self.FILES] == ["gpu-acceptance", "new-model", "new-vllm", "rollback"]
 
     @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
     def test_their_commands_exist(self, file: Path) -> None:
