@@ -24,6 +24,7 @@ MADE: ContextVar[list[Any] | None] = ContextVar("coldsnap_calls", default=None)
 class MeteredLLM:
     """Put before vLLM's `AsyncLLM` in a class of both: every request, native or not, is noted in the job's meter."""
 
+    vllm_config: Any
     accounts: Accounts
     grammars: Grammars
     max_n: int
@@ -62,6 +63,7 @@ class MeteredLLM:
     ) -> AsyncGenerator[Any, None]:
         requests = sampling.n if sampling else 1
         if sampling and sampling.structured_outputs is not None:
+            self.grammars.prepare(self.vllm_config)  # where no warm-up has: in the SDK's own loop
             try:
                 await self.grammars.check(sampling.structured_outputs)
             except InvalidInput as error:

@@ -58,6 +58,7 @@ class Grammars:
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._threads = ThreadPoolExecutor(_AT_ONCE, "grammar")
         self._verdicts: dict[bytes, asyncio.Future[str]] = {}
+        self._prepared = False
         self._process = multiprocessing.get_context("fork").Process(target=self._serve, name="grammars", daemon=True)
 
     def start(self) -> None:
@@ -67,7 +68,10 @@ class Grammars:
             theirs.close()
 
     def prepare(self, subject: Any) -> None:
-        """Hand over what `setup` needs, without waiting for it: the process makes itself ready."""
+        """Hand over what `setup` needs, once, without waiting for it: the process makes itself ready."""
+        if self._prepared:
+            return
+        self._prepared = True
 
         def hand_over() -> None:
             self._pipes[0][0].send_bytes(pickle.dumps(subject))

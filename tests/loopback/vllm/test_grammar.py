@@ -43,6 +43,7 @@ async def grammars() -> AsyncIterator[Grammars]:
     grammars = Grammars(setup, most_bytes=1000, seconds=0.3)
     grammars.start()
     grammars.prepare("this")
+    grammars.prepare("that")  # too late: it is handed over once
     yield grammars
     grammars.close()
 
