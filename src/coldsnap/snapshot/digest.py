@@ -57,10 +57,15 @@ class Digests:
 
 
 def digests(folder: Path, names: Iterable[str], files_at_once: int = FILES_AT_ONCE) -> Digests:
-    """Hash the files, in this order. Raises `SnapshotError` that names the file that cannot be read."""
+    """Hash the files, in this order. Raises `SnapshotError` that names the file that cannot be read.
+
+    One at a time is for memory that cannot hold them all: then no file is read ahead as a whole, which would push out
+    of the page cache what the engine has yet to load.
+    """
     begun, names = time.monotonic(), list(names)
+    advice = os.POSIX_FADV_WILLNEED if files_at_once > 1 else os.POSIX_FADV_SEQUENTIAL
     with ThreadPoolExecutor(files_at_once, thread_name_prefix="verify") as pool:
-        results = dict(zip(names, pool.map(lambda name: _digest(folder, name), names), strict=True))
+        results = dict(zip(names, pool.map(lambda name: _digest(folder, name, advice), names), strict=True))
     from_disk = [disk for _, disk, _ in results.values() if disk is not None]
     reading = Reading(
         sum(size for _, _, size in results.values()),
@@ -114,13 +119,13 @@ class Hashing:
                     stream.close()
 
 
-def _digest(folder: Path, name: str) -> tuple[str, int | None, int]:
+def _digest(folder: Path, name: str, advice: int) -> tuple[str, int | None, int]:
     """Return the file's digest, how many bytes the disk delivered for it, and its size."""
     hasher, before, size = blake3(), _from_disk(), 0
     buffer = memoryview(bytearray(_READ_BYTES))
     try:
         with (folder / name).open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, advice)
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
                 size += count

@@ -10,7 +10,7 @@ import pytest
 
 from coldsnap.errors import SnapshotError
 from coldsnap.snapshot import weights as module
-from coldsnap.snapshot.digest import Hashing
+from coldsnap.snapshot.digest import Hashing, digests
 from coldsnap.snapshot.manifest import Manifest, Quantization, Source, load_manifest, write_manifest
 from coldsnap.snapshot.weights import WeightsCheck, is_large
 
@@ -59,6 +59,16 @@ def test_where_memory_cannot_hold_it_nothing_is_read_before_the_engine_starts(
     check.engine_starts()
     with pytest.raises(SnapshotError, match=r"model-1\.safetensors: expected BLAKE3"):
         check.result()
+
+
+@pytest.mark.parametrize(("at_once", "advice"), [(4, os.POSIX_FADV_WILLNEED), (1, os.POSIX_FADV_SEQUENTIAL)])
+def test_a_whole_file_is_read_ahead_only_where_memory_holds_them_all(
+    folder: Path, at_once: int, advice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: given.append(arguments[1:]))
+    digests(folder, ["model-1.safetensors", "model-2.safetensors"], at_once)
+    assert given == [(0, 0, advice)] * 2
 
 
 def flip(path: Path) -> None:
