@@ -10,6 +10,8 @@ together.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import sys
 from collections.abc import Iterable
@@ -43,8 +45,9 @@ class Pair:
     """An original and its snapshot, in memory."""
 
     def __init__(self, checkpoint: Checkpoint, snapshot: Path, text: Text) -> None:
-        self._original, tokenizer = load(checkpoint.folder, checkpoint.size)
-        self._model, _ = load(snapshot, checkpoint.size)
+        with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws bars of its own
+            self._original, tokenizer = load(checkpoint.folder, checkpoint.size)
+            self._model, _ = load(snapshot, checkpoint.size)
         self._ids = tokenizer(text.content, return_tensors="pt")["input_ids"][:, : text.tokens]
         self._expected = self._logits(self._original)
         self._quantised: dict[str, Any] = {}
