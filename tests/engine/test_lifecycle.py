@@ -275,6 +275,13 @@ async def test_one_flipped_byte_of_the_weights_ends_the_boot_and_nothing_is_serv
     assert MANIFEST.files["model.safetensors"].blake3 in ended.stderr
 
 
+async def test_an_engine_that_does_not_start_says_why(plane: ControlPlane, home: Path, tmp_path: Path) -> None:
+    ended = await run_handler(home=home, cwd=tmp_path, KV_CACHE_MEMORY_BYTES="1000", **plane.environment("unstarted"))
+    assert ended.code == 1
+    *_, last = ended.stderr.splitlines()  # before it, vLLM's own report
+    assert last.startswith("coldsnap: No available memory for the cache blocks. ")
+
+
 def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / name

@@ -29,6 +29,7 @@ from coldsnap.errors import ColdsnapError, EngineBootError, EngineDead, InvalidI
 from coldsnap.vllm import arguments, asgi, calls, grammar, remembered, translation
 from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.calls import MeteredLLM
+from coldsnap.vllm.cause import FirstCause
 from coldsnap.vllm.grammar import Grammars
 from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
 from coldsnap.vllm.sampling import Sampling
@@ -45,6 +46,8 @@ _TEMPLATE_RESERVED = frozenset({
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 })  # fmt: skip
 """Arguments of `apply_chat_template` that a job may not give: its own template is code, as vLLM's server knows."""
+_STARTING = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+"""vLLM's loggers that say why a core or a worker has not started."""
 
 
 def load(environ: Mapping[str, str]) -> None:
@@ -169,16 +172,19 @@ def boot(
         environ[step_meter.VARIABLE] = accounts.reader.path
     environ.pop("VLLM_API_KEY", None)  # would lock the jobs out of the application; the platform checks its own keys
     gc.freeze()
+    first_cause = FirstCause(_STARTING)
     try:
         llm = _metered_llm(accounts, grammars, Pace(chunk_interval), max_n=max_n, metrics=metrics).from_vllm_config(
             config, enable_log_requests=args.enable_log_requests, disable_log_stats=args.disable_log_stats
         )
     except (ValueError, TypeError, OSError, RuntimeError, NotImplementedError) as error:
-        raise EngineBootError(arguments.blame(parsed, translation.first_complaint(error))) from error
+        cause = first_cause.end() or translation.first_complaint(error)
+        raise EngineBootError(arguments.blame(parsed, cause)) from error
     finally:
         gc.enable()
         if accounts.reader is not None:
             accounts.reader.opened()
+    first_cause.end()
     if energy is not None:
         energy.start()
     start_method = _start_method(environ, warn)
