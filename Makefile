@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test hostile families check image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test hostile families check gpu-seam image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -32,6 +32,11 @@ check: ## formatting, lint, types, the list of files
 	@$(py) -m ruff check --quiet .
 	@$(py) -m mypy
 	@$(py) scripts/check_tree.py
+
+gpu-seam: ## check vLLM's CUDA build on pretended GPUs; write docs/gpu.md
+	@scripts/setup.sh test
+	@scripts/setup.sh gpu-seam
+	@$(py) -m pytest -q -o timeout=900 tests/gpu
 
 image-check: ## build the CPU image, run the demo job in it, search it for secrets (root)
 	@scripts/setup.sh demo
@@ -75,5 +80,5 @@ lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
 	@$(compile) $(override)-cpu.txt requirements/bake.in requirements/torch-cpu.in -o requirements/bake.lock
 
 clean: ## remove the environments, tools and caches (not the ledger)
-	@rm -rf .venv .venv-bake .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	@rm -rf .venv .venv-bake .venv-gpu build .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

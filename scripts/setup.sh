@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment for `demo`, `test`, `image` or `bake` from the lock files; where that is done, it returns at once.
+# Makes the environment for `demo`, `test`, `image`, `bake` or `gpu-seam` from the lock files; where that is done, it returns at once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
@@ -16,7 +16,8 @@ case ${1:-demo} in
     test) env=.venv locks=("requirements/$device.lock" requirements/tools.lock requirements/dev.lock) ;;
     image) env=.venv locks=("requirements/$device.lock") ;; # the worker's alone
     bake) env=.venv-bake locks=(requirements/bake.lock) device=cpu ;; # quantising needs no GPU
-    *) die "usage: scripts/setup.sh demo|test|image|bake" ;;
+    gpu-seam) env=.venv-gpu locks=(requirements/gpu.lock) device=gpu ;; # the CUDA build, on a machine without a GPU
+    *) die "usage: scripts/setup.sh demo|test|image|bake|gpu-seam" ;;
 esac
 torch=requirements/torch-cpu.txt
 stamp=$env/.made-from # one hash a file that the environment was made from
@@ -65,7 +66,9 @@ rm -f $stamp
 # The lock is complete, so nothing is left to resolve (and pip's resolver would refuse: overrides.txt says why).
 # Wheels only: no compiler is needed and no setup.py is run. Without bytecode every cold start would compile.
 if [ -t 2 ]; then output=(); else output=(--quiet); fi # progress bars are for people
-install() { scripts/uv.sh pip install "${output[@]}" --python $env --no-deps --no-build --compile-bytecode "$@"; }
+# The seam's tests import a part of theirs, and leave bytecode of that.
+if [ $env = .venv-gpu ]; then bytecode=(); else bytecode=(--compile-bytecode); fi
+install() { scripts/uv.sh pip install "${output[@]}" --python $env --no-deps --no-build "${bytecode[@]}" "$@"; }
 
 # torch first, as the one that may be nowhere to be found. `--torch-backend` is uv's own knowledge of PyTorch's
 # CPU index, but it would look for triton there too: so torch is a step of its own.

@@ -240,7 +240,7 @@ class TestWorkflows:
     FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
     def test_they_are_there(self) -> None:
-        assert [file.stem for file in self.FILES] == ["image", "newest-vllm", "test"]
+        assert [file.stem for file in self.FILES] == ["gpu-seam", "image", "newest-vllm", "test"]
 
     @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
     def test_a_workflow_is_of_githubs_schema(self, file: Path) -> None:
