@@ -29,7 +29,11 @@ def said(job: Job) -> str:
 async def test_streams_are_complete_and_in_order_whatever_their_posts_meet(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker.plane, "faults", Faults(0.02, 0.2, stream_5xx=0.1, stream_429=0.05, done_5xx=0.1))
+    monkeypatch.setattr(
+        worker.plane,
+        "faults",
+        Faults(0.02, 0.2, stream_5xx=0.1, stream_429=0.05, stream_lost=0.1, done_5xx=0.1, done_lost=0.1),
+    )
     chat = {"messages": [user(QUESTION)], "stream": True}
     native = [worker.ask(QUESTION) for _ in range(12)]
     openai = [worker.openai("/v1/chat/completions", chat) for _ in range(12)]

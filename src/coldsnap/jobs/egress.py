@@ -37,6 +37,8 @@ _CHUNK_BYTES = 1_000_000
 _TOO_LARGE = 413
 _PASSING = frozenset({408, 425, 429})
 """Refusals that say themselves that they pass."""
+_UNKNOWN = frozenset({502, 504})
+"""A proxy's words about an answer that it did not get."""
 
 
 class _Undelivered(Exception):
@@ -129,6 +131,7 @@ class Egress:
                     self.posts += 1
                     return
                 complaint = f"HTTP {status}"
+                unknown = status in _UNKNOWN
                 if status < 500 and status not in _PASSING:  # noqa: PLR2004 -- HTTP
                     refused = refused or time.monotonic()
                     until = 0.0 if status == _TOO_LARGE else min(deadline, refused + _REFUSED_SECONDS)
@@ -137,8 +140,9 @@ class Egress:
             except OSError as error:
                 complaint = f"{type(error).__name__}: {error}"
                 refused = 0.0
-                if not isinstance(error, Unsent):
-                    perhaps, body = True, _json(repeat) if repeat else body
+                unknown = not isinstance(error, Unsent)
+            if unknown:
+                perhaps, body = True, _json(repeat) if repeat else body
             if time.monotonic() + wait > until:
                 raise _Undelivered(complaint, perhaps=perhaps)
             await asyncio.sleep(wait)

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from coldsnap.desk.serve.control_plane import LOST
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
@@ -13,31 +15,38 @@ class Faults:
 
     Each draw depends on the seed, the job's number and the number of its POST, not on how jobs interleave.
     Half the delay passes before the POST counts as arrived, half before it is answered.
-    A refused POST has no effect.
+    A refused POST has no effect; one that is lost has it, and is answered with 504.
     """
 
     delay: float = 0.0
     jitter: float = 0.0
     stream_5xx: float = 0.0
     stream_429: float = 0.0
+    stream_lost: float = 0.0
     done_5xx: float = 0.0
     done_429: float = 0.0
+    done_lost: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.delay < 0 or self.jitter < 0:
             raise ValueError("delay and jitter are seconds, not negative")
-        for kind, server, throttled in (
-            ("stream", self.stream_5xx, self.stream_429),
-            ("done", self.done_5xx, self.done_429),
-        ):
-            if min(server, throttled) < 0 or server + throttled > 1:
-                raise ValueError(f"{kind}_5xx and {kind}_429 are fractions whose sum is at most 1")
+        for kind in ("stream", "done"):
+            fractions = self._fractions(kind)
+            if min(fractions) < 0 or sum(fractions) > 1:
+                raise ValueError(f"{kind}_5xx and {kind}_429 and {kind}_lost are fractions whose sum is at most 1")
 
     def draw(self, kind: Literal["stream", "done"], job_number: int, post_number: int) -> tuple[float, int | None]:
         """Return the delay of one POST and the status that refuses it, if any."""
         dice = random.Random(f"{self.seed}/{kind}/{job_number}/{post_number}")
         delay, roll = self.delay + self.jitter * dice.random(), dice.random()
-        server = self.stream_5xx if kind == "stream" else self.done_5xx
-        throttled = self.stream_429 if kind == "stream" else self.done_429
-        return delay, 500 if roll < server else 429 if roll < server + throttled else None
+        for status, fraction in zip((500, 429, LOST), self._fractions(kind), strict=True):
+            if roll < fraction:
+                return delay, status
+            roll -= fraction
+        return delay, None
+
+    def _fractions(self, kind: str) -> tuple[float, float, float]:
+        if kind == "stream":
+            return self.stream_5xx, self.stream_429, self.stream_lost
+        return self.done_5xx, self.done_429, self.done_lost

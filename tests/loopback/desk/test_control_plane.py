@@ -505,7 +505,7 @@ async def test_faults_repeat_by_seed_and_refuse_nonsense() -> None:
     for status in (500, 429):
         assert 200 < [status for _, status in draws].count(status) < 300
     assert faults.draw("done", 0, 0)[1] is None
-    with pytest.raises(ValueError, match="done_5xx and done_429"):
+    with pytest.raises(ValueError, match="done_5xx and done_429 and done_lost"):
         Faults(done_5xx=0.6, done_429=0.6)
     with pytest.raises(ValueError, match="not negative"):
         Faults(jitter=-1)

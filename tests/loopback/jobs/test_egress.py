@@ -123,7 +123,7 @@ async def test_a_chunk_that_will_never_be_taken_fails_the_job_at_once() -> None:
 
 
 async def test_every_post_has_its_chunks_number_and_a_repeat_says_so_where_there_is_a_place_for_it() -> None:
-    platform = Platform(0, 200, 0, 200, 0, 200, 0)
+    platform = Platform(0, 200, 504, 200, 0, 200, 502)
     answer = {"object": "chat.completion"}
     assert await run(platform, {"text": "a"}, "data: b\n\n", answer) == []
     assert platform.chunks == [{"text": "a", "repeat": 0}, "data: b\n\n", answer]

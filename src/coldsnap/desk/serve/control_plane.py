@@ -32,6 +32,8 @@ CHUNK_LIMIT: Final = MEGABYTE
 
 _RETIRED_POLL_SECONDS = 0.5
 _GONE: Final = 410
+LOST: Final = 504
+"""A fault that refuses a POST which has been taken."""
 
 PostKind = Literal["stream", "done"]
 ViolationKind = Literal[
@@ -222,15 +224,20 @@ class ControlPlane(Board):
         job.posts += 1
         self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
         delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
-        if delay or self.gate:
-            return self._delayed(delay, status or (lambda: self._record(kind, worker_id, job, request)))
-        return Response(self._record(kind, worker_id, job, request) if status is None else status)
 
-    async def _delayed(self, delay: float, status: int | Callable[[], int]) -> Response:
+        def taken() -> int:
+            if status is not None and status != LOST:
+                return status
+            done = self._record(kind, worker_id, job, request)
+            return status or done
+
+        return self._delayed(delay, taken) if delay or self.gate else Response(taken())
+
+    async def _delayed(self, delay: float, taken: Callable[[], int]) -> Response:
         if self.gate is not None:
             await self.gate.wait()
         await asyncio.sleep(delay / 2)
-        status = status if isinstance(status, int) else status()
+        status = taken()
         await asyncio.sleep(delay / 2)
         return Response(status)
 
