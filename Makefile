@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test hostile families check gpu-seam image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test faults hostile families check gpu-seam image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -16,6 +16,10 @@ test: ## set up .venv and run the tests
 	@scripts/setup.sh test
 	@scripts/setup.sh bake
 	@$(py) -m pytest -q
+
+faults: ## break what can break; write docs/reliability.md
+	@scripts/setup.sh test
+	@$(py) bench/faults.py
 
 hostile: ## send the worker ten thousand hostile jobs, and Hypothesis' own
 	@scripts/setup.sh test
