@@ -61,13 +61,13 @@ async def serve(llm: Any, make: Any) -> None:
 def start(folder: Path, **more: Any) -> Any:
     """Start the engine on a snapshot as the worker starts it; `more` are engine arguments."""
     from coldsnap.snapshot import manifest as snapshot
-    from coldsnap.vllm import engine as vllm_engine
     from coldsnap.vllm import release as vllm_release
+    from coldsnap.vllm import start as vllm_start
 
     baked = snapshot.load_manifest(folder).engine_args
     arguments = vllm_release.defaults(os.environ, baked) | baked | more
     os.environ.update(vllm_release.environment(os.environ, baked) | {"HF_HUB_OFFLINE": "1"})
-    vllm_engine.load(os.environ)
+    vllm_start.load(os.environ)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM

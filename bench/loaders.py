@@ -231,18 +231,18 @@ def s3(folder: Path, rounds: int, extra: str) -> None:
 def stream(uri: str) -> None:
     """Boot the worker's engine with weights straight from a bucket, which the worker itself does not offer."""
     from coldsnap.timeline import Timeline
-    from coldsnap.vllm import engine as vllm_engine
     from coldsnap.vllm import release as vllm_release
+    from coldsnap.vllm import start as vllm_start
     from coldsnap.vllm.grammar import Grammars
 
     timeline = Timeline()
     os.environ.update(vllm_release.environment(os.environ, ENGINE))
     timeline.mark("settings")
-    vllm_engine.load(os.environ)
+    vllm_start.load(os.environ)
     timeline.mark("import_vllm")
-    grammars = Grammars(vllm_engine.follow_grammars, most_bytes=100_000, seconds=2.0)
+    grammars = Grammars(vllm_start.follow_grammars, most_bytes=100_000, seconds=2.0)
     grammars.start()
-    engine = vllm_engine.boot(
+    engine = vllm_start.boot(
         model=uri, fixed={"load_format": "runai_streamer"}, manifest=ENGINE, environ=os.environ, engine_environ={},
         digest=None, chunk_interval=0.004, stall_seconds=60.0, metrics=False, grammars=grammars, max_n=32,
         mark=timeline.mark, warn=print,

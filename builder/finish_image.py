@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from coldsnap.errors import BootError  # noqa: E402
 from coldsnap.snapshot import manifest as snapshot  # noqa: E402
-from coldsnap.vllm import engine as vllm_engine  # noqa: E402
 from coldsnap.vllm import release as vllm_release  # noqa: E402
+from coldsnap.vllm import start as vllm_start  # noqa: E402
 
 
 def differing(labels: dict[str, str], found: dict[str, str]) -> list[str]:
@@ -53,7 +53,7 @@ def main() -> None:
     if wrong := differing({name: getattr(args, name) for name in actual}, actual):
         sys.exit(f"coldsnap: {wrong[0]}")
     architectures = orjson.loads((args.snapshot / "config.json").read_bytes()).get("architectures") or []
-    inspected = vllm_engine.inspect_models(architectures, os.environ)
+    inspected = vllm_start.inspect_models(architectures, os.environ)
     print(f"coldsnap: {args.snapshot.name} {manifest.digest}, vLLM {actual['vllm']}, inspected: {inspected}")
 
 

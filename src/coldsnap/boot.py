@@ -30,8 +30,8 @@ from coldsnap.snapshot.manifest import Manifest
 from coldsnap.snapshot.sources import HUB, Supply
 from coldsnap.snapshot.weights import WeightsCheck
 from coldsnap.timeline import Timeline
-from coldsnap.vllm import engine as vllm_engine
 from coldsnap.vllm import release as vllm_release
+from coldsnap.vllm import start as vllm_start
 from coldsnap.vllm.grammar import Grammars
 
 
@@ -114,7 +114,7 @@ def boot(
     shared = _caches(settings, environ, search)
     timeline.mark("settings")
 
-    vllm_engine.load(environ)
+    vllm_start.load(environ)
     timeline.mark("import_vllm")
     timeline.beside["fitness"] = fit.result()
     finding.result()  # raises what went wrong
@@ -130,7 +130,7 @@ def boot(
         timeline.mark("cache")
 
     grammars = Grammars(
-        vllm_engine.follow_grammars, most_bytes=settings.grammar_max_bytes, seconds=settings.grammar_seconds
+        vllm_start.follow_grammars, most_bytes=settings.grammar_max_bytes, seconds=settings.grammar_seconds
     )
     grammars.start()
     spares = {name: _AfterFork(work, name) for name, work in (beside_engine or {}).items()}
@@ -141,7 +141,7 @@ def boot(
     names = settings.served_model_name or ((name,) if name else ())
     kills = memory.kills()
     try:
-        engine = vllm_engine.boot(
+        engine = vllm_start.boot(
             model=str(supply.folder or settings.model_name),
             fixed={"served_model_name": names} if names else {},
             manifest=manifest.engine_args if manifest else {},

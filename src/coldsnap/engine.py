@@ -1,7 +1,7 @@
 """The border to the inference engine: what goes in, what comes out, and nothing of vLLM or the SDK.
 
 Everything that crosses is plain data of ours, so that the engine's front end may live in this process
-(`vllm_engine.VllmEngine`) or, one day, in another.
+(`vllm.engine.VllmEngine`) or, one day, in another.
 """
 
 from __future__ import annotations

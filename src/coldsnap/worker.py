@@ -28,7 +28,7 @@ from coldsnap.records.sink import Sink
 from coldsnap.records.upload import Upload
 from coldsnap.settings import Settings
 from coldsnap.timeline import Timeline
-from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import start as vllm_start
 
 _SDK_ENVIRONMENT: Mapping[str, str] = {
     # The default, DEBUG, prints every chunk with its text, and the job URL with its credentials.
@@ -59,7 +59,7 @@ def main(start: Callable[..., Booted] = boot) -> int:
             settings,
             timeline,
             os.environ,
-            beside_engine={"import_sdk": _import_sdk, "import_http": vllm_engine.load_http},
+            beside_engine={"import_sdk": _import_sdk, "import_http": vllm_start.load_http},
         )
     except BootError as error:
         _say(error.message)

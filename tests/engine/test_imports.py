@@ -13,11 +13,11 @@ from .worker import ROOT
 
 SEARCHED = """
 import json, os
-from coldsnap.vllm import engine as vllm_engine, release as vllm_release
+from coldsnap.vllm import release as vllm_release, start as vllm_start
 os.environ.update(vllm_release.environment(os.environ, {"enforce_eager": True}))
 import sys, importlib.metadata
 finders, search = list(sys.meta_path), importlib.metadata.packages_distributions
-vllm_engine.load(os.environ)
+vllm_start.load(os.environ)
 from transformers.utils import import_utils
 models = os.path.join(os.path.dirname(os.path.dirname(import_utils.__file__)), "models")
 print(json.dumps({

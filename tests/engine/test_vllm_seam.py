@@ -15,7 +15,7 @@ import pytest
 
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput, JobError, RouteRefused
 from coldsnap.jobs import routes
-from coldsnap.vllm import arguments, sampling
+from coldsnap.vllm import arguments, moved, sampling
 from coldsnap.vllm import engine as vllm_engine
 from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
@@ -38,7 +38,7 @@ def offline() -> Iterator[None]:
 def parser(offline: None) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli = importlib.import_module(vllm_engine._parser_module())
+    cli = importlib.import_module(moved.parser_module())
     return cli.make_arg_parser(FlexibleArgumentParser())
 
 
@@ -191,7 +191,7 @@ def test_the_engine_is_made_and_asked_as_the_worker_does() -> None:
 
 
 def test_the_http_application_is_built_as_the_worker_does() -> None:
-    build, init = vllm_engine._builders()
+    build, init = moved.builders()
     assert parameters(build) == ["args", "supported_tasks", "model_config"]
     assert parameters(init)[:4] == ["engine_client", "state", "args", "supported_tasks"]
     assert inspect.iscoroutinefunction(init)
@@ -254,7 +254,7 @@ def applications(parser: Any) -> Iterator[Any]:
     """Build vLLM's application for every kind of model, with all that its arguments and environment can add."""
     from vllm.config import ModelConfig
 
-    build, _ = vllm_engine._builders()
+    build, _ = moved.builders()
     known = {option for action in parser._actions for option in action.option_strings}
     args: Namespace = parser.parse_args(["--model", str(SNAPSHOT), *(flag for flag in EVERYTHING if flag in known)])
     generating = ModelConfig(model=str(SNAPSHOT))
@@ -313,7 +313,7 @@ def test_one_module_imports_vllm_and_one_the_sdk() -> None:
                 names = [node.module]
             for name in names:
                 importers.get(name.partition(".")[0], set()).add(str(path.relative_to(package)))
-    assert importers["vllm"] == {"vllm/engine.py"}
+    assert importers["vllm"] == {"vllm/engine.py", "vllm/start.py"}
     assert importers["runpod"] == {"worker.py"}
     assert len(importers["boto3"]) <= 1
 

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from coldsnap.caches import fingerprint
 from coldsnap.cost import prices
 from coldsnap.settings import ROOT
-from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import moved
 from coldsnap.vllm import release as vllm_release
+from coldsnap.vllm import start as vllm_start
 
 MODEL = str(ROOT / "snapshots" / "demo")
 
@@ -36,21 +37,21 @@ def served(gpus: str) -> object:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    server = vllm_engine._first(
+    server = moved.first(
         "vllm.entrypoints.launchers.api_server.entry:build_async_engine_client",
         "vllm.entrypoints.openai.api_server:build_async_engine_client",
     )
     asks = inspect.signature(server).parameters["usage_context"].default
-    cli = importlib.import_module(vllm_engine._parser_module())
+    cli = importlib.import_module(moved.parser_module())
     args = cli.make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", MODEL, "--tensor-parallel-size", gpus])
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(asks)
 
 
 def main(gpus: str) -> None:
     os.environ.update(vllm_release.environment(os.environ, {}))
-    vllm_engine.load(os.environ)
+    vllm_start.load(os.environ)
     after_import = calls()
-    _, config = vllm_engine.configure(
+    _, config = vllm_start.configure(
         model=MODEL, fixed={}, manifest={}, environ={"TENSOR_PARALLEL_SIZE": gpus}, warn=sys.exit
     )
     after_configuration = calls()
@@ -73,8 +74,8 @@ def main(gpus: str) -> None:
         "ranges": config.compilation_config.compile_ranges_endpoints,
         "limits": limits(config),
         "gpus": parallel.world_size_across_dp,
-        "energy": vllm_engine._energy(SimpleNamespace(world_size=parallel.world_size), sys.exit)._devices,
-        "metered": vllm_engine._unmetered(config) is None,
+        "energy": vllm_start._energy(SimpleNamespace(world_size=parallel.world_size), sys.exit)._devices,
+        "metered": vllm_start._unmetered(config) is None,
         "gpu": name,
         "fingerprint": fingerprint.name_of(machine),
         "machine": machine,

@@ -20,7 +20,7 @@ from coldsnap.settings import Settings
 from coldsnap.snapshot import manifest as snapshot
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
-from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import start as vllm_start
 
 DELAY = 7.0
 PHASES = (
@@ -70,8 +70,8 @@ def cold_start(slow: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     monkeypatch.setattr(snapshot, "load_manifest", manifest)
     monkeypatch.setattr(snapshot, "verify", verify)
     monkeypatch.setattr(fitness, "check", lambda **_: None)
-    monkeypatch.setattr(vllm_engine, "load", load)
-    monkeypatch.setattr(vllm_engine, "boot", engine)
+    monkeypatch.setattr(vllm_start, "load", load)
+    monkeypatch.setattr(vllm_start, "boot", engine)
     monkeypatch.setattr(post, "trust", lambda: None)
     monkeypatch.setattr(worker, "Metrics", lambda **_: SimpleNamespace(see=lambda *_: None))  # its registry is global
     for name in ("freeze", "set_threshold"):

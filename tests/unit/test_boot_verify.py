@@ -17,7 +17,7 @@ from coldsnap.settings import ROOT, Settings
 from coldsnap.snapshot import sources
 from coldsnap.testing.fake_engine import FakeEngine
 from coldsnap.timeline import Timeline
-from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import start as vllm_start
 
 WEIGHTS = "model.safetensors"
 
@@ -33,12 +33,12 @@ class Engine(FakeEngine):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "is_large", lambda _: True)
     monkeypatch.setattr(fitness, "check", lambda **_: None)
-    monkeypatch.setattr(vllm_engine, "load", lambda _: None)
+    monkeypatch.setattr(vllm_start, "load", lambda _: None)
     return Path(shutil.copytree(ROOT / "snapshots" / "demo", tmp_path / "snapshot"))
 
 
 def booted(folder: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[boot.Booted, Timeline]:
-    monkeypatch.setattr(vllm_engine, "boot", engine)
+    monkeypatch.setattr(vllm_start, "boot", engine)
     timeline = Timeline()
     return boot.boot(Settings.read({"SNAPSHOT_DIR": str(folder)}), timeline, {}), timeline
 

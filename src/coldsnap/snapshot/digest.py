@@ -145,7 +145,8 @@ def _from_disk() -> int | None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # nothing more is said there: this ends when the parent does
+    while os.read(sys.stdin.fileno(), 1):  # nothing more is said there: this ends when the parent does
+        pass
     os._exit(1)
 
 

@@ -65,8 +65,8 @@ def vllm_arguments() -> frozenset[str]:
     code = """
 import importlib
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from coldsnap.vllm import arguments, engine as vllm_engine
-cli = importlib.import_module(vllm_engine._parser_module())
+from coldsnap.vllm import arguments, moved
+cli = importlib.import_module(moved.parser_module())
 names = arguments._actions(cli.make_arg_parser(FlexibleArgumentParser()))
 print(*[name.upper() for name in names if name not in arguments._NOT_FROM_ENVIRONMENT], *arguments.ALIASES)
 """

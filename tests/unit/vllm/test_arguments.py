@@ -13,8 +13,7 @@ import pytest
 
 from coldsnap.errors import SettingsError
 from coldsnap.settings import Settings
-from coldsnap.vllm import arguments
-from coldsnap.vllm import engine as vllm_engine
+from coldsnap.vllm import arguments, moved
 from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.arguments import Arguments
 
@@ -53,7 +52,7 @@ def new_parser() -> Callable[[], Parser]:
         for name, value in vllm_release.environment(os.environ, {}).items():
             patch.setenv(name, value)
         with warnings.catch_warnings(action="ignore"):  # torch's own
-            cli = importlib.import_module(vllm_engine._parser_module())
+            cli = importlib.import_module(moved.parser_module())
             flexible = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser
     return lambda: cli.make_arg_parser(flexible())
 
