@@ -76,7 +76,8 @@ def test_every_route_that_serves_the_model_is_open_to_one_method(path: str) -> N
 
 
 def test_the_allow_list_names_nothing_that_vllm_has_not() -> None:
-    assert {route.replace("{id}", "x") for route in routes.ALLOWED} <= set(DECLARED)
+    newer = {"/v1/decisions"}  # of 0.33, which is the CUDA build's; the CPU build stays at 0.32 until there is one
+    assert {route.replace("{id}", "x") for route in routes.ALLOWED} - newer <= set(DECLARED)
 
 
 @pytest.mark.parametrize(
