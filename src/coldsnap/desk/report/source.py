@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import orjson
 
+from coldsnap.cost.books import HEADINGS
 from coldsnap.errors import ReportError, S3Error
 from coldsnap.foundation.plural import plural
 from coldsnap.foundation.s3 import Bucket, Place
@@ -48,7 +49,7 @@ _NEEDED: dict[str, dict[str, _Kinds]] = {
     | dict.fromkeys(("gpu_seconds", "prefill_gpu_seconds", "decode_gpu_seconds"), _NUMBER),
     "worker": _EVERY
     | {"billed_seconds": _NUMBER}
-    | dict.fromkeys([f"{part}gpu_seconds" for part in ("", "cold_", "busy_", "overhead_", "idle_", "drain_")], _NUMBER),
+    | dict.fromkeys(("gpu_seconds", *(f"{name}_gpu_seconds" for name in HEADINGS)), _NUMBER),
 }
 """Fields without which a record says nothing; others may be missing, and there may be more."""
 _SAID = {_TEXT: "text", _WHOLE: "a whole number", _NUMBER: "a number", _OBJECT: "an object"}
