@@ -162,8 +162,7 @@ async def stops(bench: Bench) -> None:
         await _memory_is_back(bench, "after SIGTERM", before)
     async with LiveWorker(home, "killed", **environ) as worker:
         job = worker.ask("question", max_tokens=2000, temperature=0.0)
-        while not job.chunks:  # a job of which nothing is out goes to another worker
-            await asyncio.sleep(0.01)
+        await anext(job.stream())  # a job of which nobody has read anything goes to another worker
         worker.kill_core()
         begun = time.monotonic()
         code = await worker.ended(60)
