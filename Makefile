@@ -16,6 +16,7 @@ test: ## set up .venv and run the tests
 	@scripts/setup.sh test
 	@scripts/setup.sh bake
 	@$(py) -m pytest -q
+	@HANDLER=tests/engine/asynchronous.py $(py) -m pytest -q tests/engine/test_ledger.py tests/engine/test_cancel.py tests/engine/test_openai.py
 
 faults: ## break what can break; write docs/reliability.md
 	@scripts/setup.sh test

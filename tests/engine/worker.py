@@ -23,7 +23,8 @@ from coldsnap.snapshot.manifest import load_manifest
 from coldsnap.testing import ControlPlane, Gateway, Job, JobFailed, JobState
 
 ROOT = Path(__file__).resolve().parents[2]
-HANDLER = ROOT / "handler.py"
+HANDLER = ROOT / os.environ.get("HANDLER", "handler.py")
+"""What the workers run: `make test` runs some tests once more with `asynchronous.py`."""
 SNAPSHOT = ROOT / "snapshots" / "demo"
 MANIFEST = load_manifest(SNAPSHOT)
 MODEL = MANIFEST.served_model_name
