@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test faults hostile families check gpu-seam image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test faults hostile families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -42,6 +42,10 @@ gpu-seam: ## check vLLM's CUDA build on pretended GPUs; write docs/gpu.md
 	@scripts/setup.sh test
 	@scripts/setup.sh gpu-seam
 	@$(py) -m pytest -q -o timeout=900 tests/gpu
+
+gpu-acceptance: ## run every step of bench/gpu_acceptance.py on the CPU engine, with a tiny model
+	@scripts/setup.sh test
+	@ACCEPTANCE=all $(py) -m pytest -q tests/engine/test_gpu_acceptance.py
 
 image-check: ## build the CPU image, run the demo job in it, search it for secrets (root)
 	@scripts/setup.sh demo
