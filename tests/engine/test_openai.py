@@ -232,9 +232,10 @@ async def test_generic_jobs_tokenize_and_detokenize(plane: ControlPlane) -> None
 
 
 async def test_an_answer_larger_than_a_chunk_of_the_platform_arrives_in_the_result(plane: ControlPlane) -> None:
-    body = {"tokens": STEADY["allowed_token_ids"] * 1_100_000}
-    (answer,) = await plane.submit({"route": "/detokenize", "body": body}).result(PATIENCE)
-    assert len(answer["prompt"]) == 1_100_000
+    body = {"prompt": "a b " * 60_000, "return_token_strs": True}  # a token is said twice, as a number and as a text
+    (answer,) = await plane.submit({"route": "/tokenize", "body": body}).result(PATIENCE)
+    assert len(json.dumps(answer)) > 1_000_000
+    assert len(answer["tokens"]) == len(answer["token_strs"]) == answer["count"]
 
 
 async def test_generic_jobs_reach_the_routes_that_serve_the_model(plane: ControlPlane) -> None:
@@ -483,4 +484,6 @@ async def test_everything_is_answered_as_vllms_own_server_answers_it(
             assert 400 <= status < 500, f"{name}: {theirs}"
             with pytest.raises(JobFailed) as caught:
                 await worker.openai(route, body).result(PATIENCE)
-            assert json.loads(caught.value.error) == json.loads(theirs), name
+            expected = json.loads(theirs)
+            expected["error"].setdefault("code", status)  # Anthropic's have none; a client of the platform needs it
+            assert json.loads(caught.value.error) == expected, name

@@ -90,7 +90,7 @@ def _living(session: int) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(process.name)) == session:
-                lines.append((process / "cmdline").read_text())
+                lines += [line] if (line := (process / "cmdline").read_text()) else []  # one that has ended has none
         except (ProcessLookupError, FileNotFoundError):
             continue
     return lines

@@ -67,7 +67,8 @@ class MeteredLLM:
             try:
                 await self.grammars.check(sampling.structured_outputs)
             except InvalidInput as error:
-                raise self.refusal(error.message, parameter=error.param) from error
+                named = {"parameter": error.param} if error.param else {}
+                raise self.refusal(error.message, **named) from error
         account = self.accounts.open(request_id, requests, meter)
         output, aborted = None, False
         try:

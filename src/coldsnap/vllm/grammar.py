@@ -99,7 +99,7 @@ class Grammars:
         if len(self._verdicts) > _REMEMBERED:
             del self._verdicts[next(iter(self._verdicts))]
         if complaint := await asyncio.shield(verdict):
-            raise InvalidInput(complaint, param="structured_outputs")
+            raise InvalidInput(complaint)  # as vLLM says it, which names no parameter
 
     def alive(self) -> None:
         """Raise `EngineDead` if grammars cannot be tried any more."""
