@@ -40,11 +40,15 @@ def test_an_engine_with_requests_and_no_step_is_stalled(watchdog: Watchdog, cloc
 def test_an_idle_engine_is_not_however_long_it_is_idle(watchdog: Watchdog, clock: Clock) -> None:
     look(watchdog, clock, 1000, 5, busy=False)
     look(watchdog, clock, 9, 5)
+    with pytest.raises(EngineStalled):  # only now it has had requests for too long
+        look(watchdog, clock, 2, 5)
 
 
 def test_a_step_now_and_then_is_enough(watchdog: Watchdog, clock: Clock) -> None:
     for steps in range(100):
         look(watchdog, clock, 9, steps)
+    with pytest.raises(EngineStalled):
+        look(watchdog, clock, 11, 99)
 
 
 def test_time_in_which_the_worker_itself_stood_still_does_not_count(watchdog: Watchdog, clock: Clock) -> None:
