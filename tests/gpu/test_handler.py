@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,13 @@ def test_only_the_engines_process_begins_cuda_and_its_failure_is_one_sentence(
     assert "No CUDA GPUs are available" in ours[0]
     # vLLM 0.33 starts two that build a library of its humming kernels while it is imported; they end by themselves.
     assert [line for line in _living(worker.pid) if "import humming" not in line] == []
-    assert [path for path in set(Path("/dev/shm").iterdir()) - before if not _is_mapped(path)] == []
+    left = set(Path("/dev/shm").iterdir()) - before
+    for _ in range(60):  # another engine on this machine makes some too, and takes them away again
+        left = {path for path in left if not _is_mapped(path)}
+        if not left:
+            break
+        time.sleep(1)
+    assert left == set()
     assert not (tmp_path / "ledger").exists()
 
 
