@@ -7,7 +7,8 @@ OpenAI client gets, `type` the OpenAI error type.
 A `BakeError` ends a command at a desk like a `BootError` ends a worker.
 
 Not in the tree: what the other side of a wire says went wrong there, which is a result here (`bench`'s `Failed`, the
-control plane's `JobFailed` and `WorkerUnhealthy`), and exceptions that never leave their module.
+control plane's `JobFailed` and `WorkerUnhealthy`), `jobs.post.Unsent`, an OSError that says that a POST had no effect,
+and exceptions that never leave their module.
 """
 
 from __future__ import annotations

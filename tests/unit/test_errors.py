@@ -50,6 +50,7 @@ def test_what_is_not_in_the_tree_never_leaves_its_module_or_is_what_another_side
         "coldsnap.desk.serve.control_plane.WorkerUnhealthy",
         "coldsnap.desk.serve.job.JobCancelled",
         "coldsnap.desk.serve.job.JobFailed",
+        "coldsnap.jobs.post.Unsent",
     }
 
 
