@@ -26,7 +26,7 @@ COMMON = {
 COLD_START = COMMON | {
     "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
     "fetch_gb_per_second", "read_gb_per_second", "disk_read_bytes", "cache", "cache_because", "cache_bundle",
-    "cache_bytes", "model", "start_method", "limits", "max_concurrency", "revival", "away_seconds",
+    "cache_bytes", "model", "start_method", "degraded", "limits", "max_concurrency", "revival", "away_seconds",
 }  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
@@ -57,7 +57,8 @@ async def test_the_phases_of_a_cold_start_add_up_to_process_start_till_ready(wor
     assert 0 < first["beside"]["read_snapshot"] < first["seconds"]
     # Against the clock outside: from the start of the process, until after its engine's.
     (core,) = worker.engine("EngineCor")
-    assert started(core) - started(worker.process.pid) < first["seconds"] < seconds_between(first, worker.spawned)
+    outside = seconds_between(first, worker.spawned) + 0.02  # the kernel counts starts in hundredths of a second
+    assert started(core) - started(worker.process.pid) < first["seconds"] < outside
 
 
 async def test_a_cold_start_names_what_it_booted_and_where(worker: Worker) -> None:
