@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -174,6 +175,7 @@ class Grammars:
         most = pages * resource.getpagesize() + _MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()  # a compiler that crashes is one sentence, not our stack
         signal.setitimer(signal.ITIMER_PROF, self._seconds)
         signal.setitimer(signal.ITIMER_REAL, _WAITS * self._seconds)
 

@@ -39,8 +39,8 @@ def setup(subject: str) -> Callable[[Any], None]:
 
 
 @pytest_asyncio.fixture
-async def grammars() -> AsyncIterator[Grammars]:
-    grammars = Grammars(setup, most_bytes=1000, seconds=0.3)
+async def grammars(request: pytest.FixtureRequest) -> AsyncIterator[Grammars]:
+    grammars = Grammars(setup, most_bytes=1000, seconds=getattr(request, "param", 60))
     grammars.start()
     grammars.prepare("this")
     grammars.prepare("that")  # too late: it is handed over once
@@ -55,15 +55,16 @@ async def complaint(grammars: Grammars, constraint: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("constraint", "words"),
+    ("constraint", "words", "grammars"),
     [
-        ("burn", "takes more than GRAMMAR_SECONDS=0.3 of processor time, or 5 times that by the clock; send"),
-        ("sleep", "takes more than GRAMMAR_SECONDS=0.3 of processor time"),
-        ("fill", "the grammar needs more than 1024 MiB of memory"),
-        ("crash", "the grammar's compiler fails with signal 11"),
-        ("refuse", "this cannot be followed"),
-        ("x" * 2000, "at most GRAMMAR_MAX_BYTES=1000 are taken"),
+        ("burn", "takes more than GRAMMAR_SECONDS=1 of processor time, or 5 times that by the clock; send", 1),
+        ("sleep", "takes more than GRAMMAR_SECONDS=1 of processor time", 1),
+        ("fill", "the grammar needs more than 1024 MiB of memory", 60),
+        ("crash", "the grammar's compiler fails with signal 11", 60),
+        ("refuse", "this cannot be followed", 60),
+        ("x" * 2000, "at most GRAMMAR_MAX_BYTES=1000 are taken", 60),
     ],
+    indirect=["grammars"],
 )
 async def test_a_grammar_that_cannot_be_followed_is_refused_and_the_next_is_tried(
     grammars: Grammars, constraint: str, words: str
@@ -73,6 +74,7 @@ async def test_a_grammar_that_cannot_be_followed_is_refused_and_the_next_is_trie
     grammars.alive()
 
 
+@pytest.mark.parametrize("grammars", [1], indirect=True)
 async def test_a_trial_that_is_given_up_leaves_no_process_behind(grammars: Grammars) -> None:
     await grammars.check("fine")
     before = len([*children(os.getpid())])
