@@ -191,8 +191,8 @@ def _caches(settings: Settings, environ: MutableMapping[str, str], search: sourc
     shared = Caches(place, folders, names, gpu=not vllm_release.is_cpu_build())
     shared.begin(environ)
 
-    def ask(found: Future[Supply]) -> None:
-        supply = found.result()
+    def ask(supply_future: Future[Supply]) -> None:
+        supply = supply_future.result()
         shared.ask(supply, str(supply.folder or settings.model_name))
 
     search.announced.add_done_callback(ask)

@@ -63,26 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _options(given: Sequence[str]) -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="coldsnap", description="Serve an open-weight LLM on Runpod Serverless.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     chosen_parser = parser
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if given[:1] == [name]:
+        if arguments[:1] == [name]:
             chosen_parser, imported = command, importlib.import_module(module)
             imported.configure(command)
             command.set_defaults(run=imported.run)
-    options, unknown = parser.parse_known_args(given)
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
         chosen_parser.error(_unknown(unknown[0], chosen_parser.format_help()))
     return options
 
 
-def _unknown(word: str, known: str) -> str:
+def _unknown(word: str, help_text: str) -> str:
     option = word.partition("=")[0]
-    near = difflib.get_close_matches(option, re.findall(r"--[a-z0-9-]+", known), n=1)
+    near = difflib.get_close_matches(option, re.findall(r"--[a-z0-9-]+", help_text), n=1)
     return f"unrecognized argument {option}" + (f"; did you mean {near[0]}?" if near else "")
 
 

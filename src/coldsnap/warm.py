@@ -72,17 +72,17 @@ async def _some_tokens(engine: Engine) -> None:
 
 def _stored(booted: Booted) -> str:
     """Store the bundle if one is lacking; return what there is now, in a line."""
-    caches, cached, asked = booted.caches, booted.cached, booted.bundle()
+    caches, cached, bundle_request = booted.caches, booted.cached, booted.bundle()
     assert caches is not None
     if cached.state == "failed":
         raise CommandError(f"CACHE_URI: {caches.place}: {cached.because}")
     seconds = f"booted in {booted.timeline.total:.1f} s ({cached.state})"
-    if asked is None:
+    if bundle_request is None:
         return f"{caches.place}: {cached.fingerprint}, {cached.bytes} bytes, as it was; {seconds}"
     time.sleep(bundle.SETTLED_SECONDS)
     helper = caches.helper("store")
     try:
-        helper.ask(caches.request(**asked))
+        helper.ask(caches.request(**bundle_request))
         answer = helper.answer(_STORE_SECONDS)
     finally:
         helper.end()

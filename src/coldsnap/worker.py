@@ -200,10 +200,14 @@ def _senders(settings: Settings, sink: Sink, jobs: Jobs) -> list[Background]:
 
 def _bundle_maker(booted: Booted, sink: Sink, jobs: Jobs) -> list[Background]:
     """Return what makes the bundle of caches that this boot lacked."""
-    asked = booted.bundle()
-    if booted.caches is None or asked is None:
+    bundle_request = booted.bundle()
+    if booted.caches is None or bundle_request is None:
         return []
-    return [BundleMaker(booted.caches, asked, busy=lambda: jobs.running, served=lambda: sink.tally.requests, say=_say)]
+    return [
+        BundleMaker(
+            booted.caches, bundle_request, busy=lambda: jobs.running, served=lambda: sink.tally.requests, say=_say
+        )
+    ]
 
 
 def _run_local(booted: Booted, test_input: str) -> int:

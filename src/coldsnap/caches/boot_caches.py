@@ -156,7 +156,7 @@ class BundleMaker(Background):
     def __init__(
         self,
         caches: Caches,
-        asked: Mapping[str, Any],
+        bundle_request: Mapping[str, Any],
         *,
         busy: Callable[[], bool],
         served: Callable[[], int],
@@ -164,7 +164,7 @@ class BundleMaker(Background):
     ) -> None:
         super().__init__("caches", self._look, lambda: not self._done)
         self._caches = caches
-        self._asked_for = asked
+        self._asked_for = bundle_request
         self._busy = busy
         self._served = served
         self._say = say

@@ -251,22 +251,22 @@ def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                     yield Path(item.path), item.stat(follow_symlinks=False)
 
 
-def _beside(name: str, roots: Mapping[str, Path], made: dict[str, Path]) -> Path:
+def _beside(name: str, roots: Mapping[str, Path], staging: dict[str, Path]) -> Path:
     """Return where a file is unpacked to first: in a folder on the cache's own file system."""
     root, _, rest = name.partition("/")
-    if root not in made:
+    if root not in staging:
         roots[root].mkdir(parents=True, exist_ok=True)
         _tidy(roots[root])
-        made[root] = Path(tempfile.mkdtemp(prefix=_OURS, dir=roots[root]))
-    return made[root] / rest
+        staging[root] = Path(tempfile.mkdtemp(prefix=_OURS, dir=roots[root]))
+    return staging[root] / rest
 
 
 def _tidy(root: Path) -> None:
     """Remove what processes that were killed have left."""
-    for left in root.glob(f"{_OURS}*"):
+    for folder in root.glob(f"{_OURS}*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            if time.time() - folder.stat().st_mtime > _LEFT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes, mtime_ns: int) -> None:

@@ -160,10 +160,10 @@ class InBucket:
         """See `Store.prune`."""
         used: dict[str, float] = {}
         there = set()
-        for found in self._bucket.objects():
-            if match := _BUNDLE.fullmatch(found.name):
-                there.add(found.name)
-                used[match["name"]] = max(found.modified, used.get(match["name"], 0.0))
+        for item in self._bucket.objects():
+            if match := _BUNDLE.fullmatch(item.name):
+                there.add(item.name)
+                used[match["name"]] = max(item.modified, used.get(match["name"], 0.0))
         unused = _unused(used, newest, seconds)
         for name in (each for bundle in unused for each in (bundle, f"{bundle}{_USED}")):
             if name in there:

@@ -100,8 +100,8 @@ def _ledger(place: str, lines: Iterable[_Line], note: Callable[[str], None] | No
                     f"{where}: record: expected cold_start, request or worker, found {_said(fields, 'record')}"
                 )
             continue
-        written = _moment(where, fields)
-        arrived = written - _number(where, fields, "duration_seconds")
+        ended = _moment(where, fields)
+        arrived = ended - _number(where, fields, "duration_seconds")
         tokens = [_tokens(where, fields, name, least=0) for name in ("prompt_tokens", "completion_tokens")]
         if all(tokens):
             arrivals.append(Arrival(arrived, *tokens))
@@ -182,6 +182,6 @@ def _said(fields: Mapping[str, Any], name: str) -> str:
     return f"{fields[name]!r:.{_SHOWN}}" if name in fields else "no such field"
 
 
-def _named(known: _Format) -> str:
-    unit = "seconds" if known.seconds == 1 else "milliseconds"
-    return f"{known.time} ({unit}), {known.prompt} and {known.output}"
+def _named(format_: _Format) -> str:
+    unit = "seconds" if format_.seconds == 1 else "milliseconds"
+    return f"{format_.time} ({unit}), {format_.prompt} and {format_.output}"

@@ -139,14 +139,14 @@ class Bucket:
         return size, self._continued(name, answer, size)
 
     def _continued(self, name: str, answer: Any, size: int) -> Iterator[bytes]:
-        got = 0
+        size_read = 0
         try:
             with self.naming(name), closing(answer["Body"]) as body:
                 for piece in body.iter_chunks(_READ_BYTES):
-                    got += len(piece)
+                    size_read += len(piece)
                     yield piece
         except S3Error:  # cut off
-            yield bytes(self.read(name, got, size - got))
+            yield bytes(self.read(name, size_read, size - size_read))
 
     def read(self, name: str, start: int, size: int) -> bytearray:
         """Return `size` bytes of the object from `start` on.
@@ -156,16 +156,16 @@ class Bucket:
         """
         data = bytearray(size)
         view = memoryview(data)
-        got = attempts = 0
-        while got < size:
-            before, failure = got, f"{self.place}{name}: nothing came"
+        filled = attempts = 0
+        while filled < size:
+            before, failure = filled, f"{self.place}{name}: nothing came"
             try:
-                for piece in self._pieces(name, start + got, start + size):
-                    view[got : got + len(piece)] = piece
-                    got += len(piece)
+                for piece in self._pieces(name, start + filled, start + size):
+                    view[filled : filled + len(piece)] = piece
+                    filled += len(piece)
             except _BrokenOff as error:
                 failure = error.message
-            attempts = attempts + 1 if got == before else 0
+            attempts = attempts + 1 if filled == before else 0
             if attempts == self._attempts:
                 raise S3Error(f"{failure}, {attempts} times in a row")
         return data

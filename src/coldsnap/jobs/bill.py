@@ -73,9 +73,9 @@ async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> Asy
     back until the next: the call of the engine is only over, and its cost known, when `[DONE]` comes. The other
     two come after it.
     """
-    held = ""
+    pending = ""
     async for more in stream:
-        text, held = held + more, ""
+        text, pending = pending + more, ""
         if not text.endswith("\n\n"):  # the end of a body that breaks off
             yield text
             continue
@@ -85,13 +85,13 @@ async def in_stream(stream: AsyncIterator[str], bill: Callable[[], Bill]) -> Asy
                 events[-1] = _with_cost(events[-1], bill, final=True)
             events.append(last)
         elif last.startswith("data: {") and _UNFINISHED not in last:
-            held = last + "\n\n"
+            pending = last + "\n\n"
         else:
             events.append(last)
         if events:
             yield "\n\n".join(_with_cost(event, bill) for event in events) + "\n\n"
-    if held:
-        yield held
+    if pending:
+        yield pending
 
 
 def _with_cost(event: str, bill: Callable[[], Bill], *, final: bool = False) -> str:
@@ -103,8 +103,8 @@ def _with_cost(event: str, bill: Callable[[], Bill], *, final: bool = False) -> 
         body = orjson.loads(data)
     except orjson.JSONDecodeError:  # a comment, or the beginning of an event
         return event
-    said = body.get("response") if name == _COMPLETED else body
-    if not isinstance(said, dict) or ("error" in said if final else "usage" not in said):
+    answer = body.get("response") if name == _COMPLETED else body
+    if not isinstance(answer, dict) or ("error" in answer if final else "usage" not in answer):
         return event
-    said["cost"] = bill().fields()
+    answer["cost"] = bill().fields()
     return f"{name}data: {orjson.dumps(body).decode()}"

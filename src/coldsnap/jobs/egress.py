@@ -72,7 +72,7 @@ class Egress:
     async def handle_job(self, session: aiohttp.ClientSession, _config: object, job: dict[str, Any]) -> None:
         """Run one job and post everything that it yields, then its result. Of the session only headers are used."""
         result: dict[str, Any] = {"output": []}
-        taken = 0
+        posted = 0
         name = quote(job["id"])
         fields = session.headers.copy()
         fields.update(_HEADERS, **{"X-Request-ID": name})
@@ -82,7 +82,7 @@ class Egress:
             async with contextlib.aclosing(self._handler(job)) as chunks:
                 async for chunk in chunks:
                     if isinstance(chunk, dict) and "error" in chunk:
-                        if self._worker_is_dead() and not taken:
+                        if self._worker_is_dead() and not posted:
                             self._log("the worker ends and nothing of the job is out: another may run it", job["id"])
                             return
                         result = {"error": chunk["error"]}
@@ -92,9 +92,9 @@ class Egress:
                     # An answer that is not streamed may be larger than a chunk: then only the result carries it.
                     if isinstance(chunk, str) or len(body) <= _CHUNK_BYTES:
                         await self._post(
-                            stream, headers, body, b"X-Chunk-Number: %d\r\n" % taken, _repeat(chunk, taken)
+                            stream, headers, body, b"X-Chunk-Number: %d\r\n" % posted, _repeat(chunk, posted)
                         )
-                        taken += 1
+                        posted += 1
         except _Undelivered as error:
             self._log(f"a chunk was not delivered: {error}", job["id"])
             result = _failed(f"a chunk could not be delivered: {error}")

@@ -43,8 +43,8 @@ class Reading:
 
     def __add__(self, other: Reading) -> Reading:
         """Return both as one, the longer of their seconds: they ran side by side."""
-        known = None not in (self.disk_bytes, other.disk_bytes)
-        disk = (self.disk_bytes or 0) + (other.disk_bytes or 0) if known else None
+        measured = None not in (self.disk_bytes, other.disk_bytes)
+        disk = (self.disk_bytes or 0) + (other.disk_bytes or 0) if measured else None
         return Reading(self.bytes + other.bytes, disk, max(self.seconds, other.seconds))
 
 

@@ -185,10 +185,10 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         data = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise SnapshotError(f"snapshot {where}: {MANIFEST} is not JSON: {error}") from error
-    if isinstance(data, dict) and isinstance(found := data.get("schema_version"), int) and found > SCHEMA_VERSION:
+    if isinstance(data, dict) and isinstance(version := data.get("schema_version"), int) and version > SCHEMA_VERSION:
         raise SnapshotError(
             f"snapshot {where}: {MANIFEST}: schema_version: expected {SCHEMA_VERSION} or less, "
-            f"found {found}; it needs a newer coldsnap"
+            f"found {version}; it needs a newer coldsnap"
         )
     try:
         return Manifest.model_validate(data)

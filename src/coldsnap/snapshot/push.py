@@ -47,15 +47,15 @@ def push(folder: Path, place: Place, *, on_bytes: Callable[[int], None] = lambda
     snapshot.verify(folder, manifest)
     try:
         bucket = Bucket(place)
-        there = {found.name: found.size for found in bucket.objects("blobs/")}
+        sizes_there = {item.name: item.size for item in bucket.objects("blobs/")}
         files = {entry.blake3: (entry, folder / name) for name, entry in manifest.files.items()}
-        new = [(entry, path) for entry, path in files.values() if there.get(blob(entry)) != entry.size]
+        new = [(entry, path) for entry, path in files.values() if sizes_there.get(blob(entry)) != entry.size]
         new_bytes = sum(entry.size for entry, _ in new)
         on_bytes(manifest.size - new_bytes)
         pool = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="push")
         try:
-            for done in [pool.submit(bucket.upload, blob(entry), path, on_bytes=on_bytes) for entry, path in new]:
-                done.result()
+            for upload in [pool.submit(bucket.upload, blob(entry), path, on_bytes=on_bytes) for entry, path in new]:
+                upload.result()
         finally:
             pool.shutdown(cancel_futures=True)
         bucket.put(MANIFEST, (folder / MANIFEST).read_bytes())

@@ -66,10 +66,10 @@ class Search:
     """What `finish` is going to return but for what it measures: set while it may still fetch, or before."""
 
     @classmethod
-    def ended(cls, found: Supply, *, offline: bool = True) -> Search:
+    def ended(cls, supply: Supply, *, offline: bool = True) -> Search:
         """Return a search that has nothing left to do."""
-        search = cls(lambda: found, offline=offline)
-        search.announced.set_result(found)
+        search = cls(lambda: supply, offline=offline)
+        search.announced.set_result(supply)
         return search
 
 
@@ -90,8 +90,8 @@ def search(settings: Settings, environ: Mapping[str, str], warn: Callable[[str],
         announced: Future[Supply] = Future()
         return Search(lambda: _from_bucket(settings, place, cached, warn, announced), announced=announced)
     assert name is not None
-    if (kept := _kept(settings.snapshot_volume / _STORE, name, warn)) is not None:
-        return _here("volume", kept, settings)
+    if (stored := _kept(settings.snapshot_volume / _STORE, name, warn)) is not None:
+        return _here("volume", stored, settings)
     if cached is not None and (cached / MANIFEST).is_file():
         return _here("platform-cache", cached, settings)
     if cached is not None:

@@ -176,18 +176,18 @@ def _failures(outcomes: Sequence[Outcome]) -> tuple[Failure, ...]:
 
 
 def _cost(good: Sequence[Outcome]) -> Cost | None:
-    told = [each for each in good if each.gpu_seconds is not None]
-    if not told:
+    billed = [each for each in good if each.gpu_seconds is not None]
+    if not billed:
         return None
-    priced = [each.usd for each in told if each.usd is not None]
+    priced = [each.usd for each in billed if each.usd is not None]
     return Cost(
-        len(told),
-        sum(each.gpu_seconds or 0.0 for each in told),
-        sum(each.prefill_gpu_seconds or 0.0 for each in told),
-        sum(each.decode_gpu_seconds or 0.0 for each in told),
-        sum(priced) if len(priced) == len(told) else None,
-        sum(each.prompt_tokens or 0 for each in told),
-        sum(each.output_tokens or 0 for each in told),
+        len(billed),
+        sum(each.gpu_seconds or 0.0 for each in billed),
+        sum(each.prefill_gpu_seconds or 0.0 for each in billed),
+        sum(each.decode_gpu_seconds or 0.0 for each in billed),
+        sum(priced) if len(priced) == len(billed) else None,
+        sum(each.prompt_tokens or 0 for each in billed),
+        sum(each.output_tokens or 0 for each in billed),
     )
 
 

@@ -96,10 +96,10 @@ async def _calibrated(endpoint: Endpoint, seed: int, one: int | None) -> Prompts
 
 def _explained(failed: Failed, address: Address, model: str | None, *, key: bool) -> BenchError:
     """Return the error that names the option."""
-    host, said = address.host, f"{failed.kind}: {failed.detail}" if failed.detail else failed.kind
+    host, failure = address.host, f"{failed.kind}: {failed.detail}" if failed.detail else failed.kind
     if failed.status in _REFUSED:
         what = "the key" if key else "a request without a key"
-        return BenchError(f"--key: {host} refuses {what} ({said}); --key or RUNPOD_API_KEY gives it")
+        return BenchError(f"--key: {host} refuses {what} ({failure}); --key or RUNPOD_API_KEY gives it")
     if failed.kind == "host unknown":
         return BenchError(f"URL: the host of {address.url} is not known ({failed.detail}); expected {WANTED}")
     if failed.kind == "no connection":
@@ -109,5 +109,5 @@ def _explained(failed: Failed, address: Address, model: str | None, *, key: bool
     if model is not None and "model" in failed.detail and failed.status == HTTPStatus.NOT_FOUND:
         return BenchError(f"--model: {failed.detail}")
     if failed.status == HTTPStatus.NOT_FOUND:
-        return BenchError(f"URL: {address.url} is not there ({said}); expected {WANTED}")
-    return BenchError(f"URL: the first request to {address.url} failed ({said})")
+        return BenchError(f"URL: {address.url} is not there ({failure}); expected {WANTED}")
+    return BenchError(f"URL: the first request to {address.url} failed ({failure})")

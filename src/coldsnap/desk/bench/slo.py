@@ -27,8 +27,8 @@ class Slo:
         for term in text.split(","):
             match = _TERM.fullmatch(term.strip())
             if match is None or match[1] not in _NAMES or match[1] in most:
-                wanted = "some of ttft, itl and e2e, each once, as in ttft=200ms,itl=30ms,e2e=2s"
-                raise BenchError(f"--slo: expected {wanted}, found {term!r:.60}")
+                expected = "some of ttft, itl and e2e, each once, as in ttft=200ms,itl=30ms,e2e=2s"
+                raise BenchError(f"--slo: expected {expected}, found {term!r:.60}")
             most[match[1]] = float(match[2]) * _UNITS[match[3]]
         return cls(most)
 

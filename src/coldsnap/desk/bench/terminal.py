@@ -94,11 +94,11 @@ def lines(summary: Summary, slo: Mapping[str, float] | None) -> Iterator[tuple[s
     yield "output tokens/s", digits(summary.output_tokens_per_second)
     yield "prompt tokens/s", digits(summary.prompt_tokens_per_second)
     if summary.succeeded > summary.tokens.unknown:
-        told = summary.succeeded - summary.tokens.unknown
+        counted = summary.succeeded - summary.tokens.unknown
         tokens = summary.tokens
         yield (
             "tokens of a request, prompt and output",
-            f"{digits(tokens.prompt / told)} and {digits(tokens.output / told)}",
+            f"{digits(tokens.prompt / counted)} and {digits(tokens.output / counted)}",
         )
     yield "most in flight", count(summary.most_in_flight)
     if summary.good is not None and slo is not None:

@@ -137,11 +137,11 @@ def _written(record: Record) -> float:
     return datetime.fromisoformat(record["time"]).timestamp()
 
 
-def _one_model(records: dict[str, list[Record]], wanted: str | None) -> str:
+def _one_model(records: dict[str, list[Record]], only: str | None) -> str:
     kinds = Counter((record["model"], record.get("gpu", "unknown")) for record in records["request"])
-    kinds = Counter({kind: count for kind, count in kinds.items() if wanted in (None, kind[0])})
+    kinds = Counter({kind: count for kind, count in kinds.items() if only in (None, kind[0])})
     if not kinds:
-        of = f" of {wanted}" if wanted else ""
+        of = f" of {only}" if only else ""
         raise PlanError(f"the ledger has no request{of}: {_BENCH}")
     if len(kinds) > 1:
         listing = ", ".join(f"{model} on {gpu} ({count} requests)" for (model, gpu), count in kinds.most_common())
@@ -161,7 +161,7 @@ def _fitted(fits: Sequence[Record]) -> Speed:
 
 
 def _limited(speed: Speed, boots: Sequence[Record]) -> tuple[Speed, bool]:
-    limits = next((found for record in reversed(boots) if (found := record.get("limits"))), None)
+    limits = next((recorded for record in reversed(boots) if (recorded := record.get("limits"))), None)
     if limits is None:
         return replace(speed, sequences=_FIRST_SEQUENCES), False
     cache = limits["kv_cache_tokens"]

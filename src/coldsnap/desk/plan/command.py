@@ -98,30 +98,30 @@ def run(options: argparse.Namespace) -> int:
             raise PlanError(f"{place}: {error.message}") from error
     current = Choice(scaling, measured.concurrency or _CONCURRENCY)
     name = "defaults" if options.current is None else "now"
-    asked = words.Asked(options.trace, place, traffic, current, name, options.seed)
+    inputs = words.Inputs(options.trace, place, traffic, current, name, options.seed)
     console = _Console()
     if not console.is_terminal:
         console = _Console(width=_WIDE)
     with console.status("simulating"):
         plan = search(traffic, measured, current, ranges, target=target, seed=options.seed)
-    terminal.show(plan, measured, asked, console)
+    terminal.show(plan, measured, inputs, console)
     if options.html is not None:
-        _write("--html", Path(options.html), page.render(plan, measured, asked).encode())
+        _write("--html", Path(options.html), page.render(plan, measured, inputs).encode())
         console.print(f"The page with its plot: {options.html}")
     if options.json is not None:
-        _write("--json", Path(options.json), orjson.dumps(figures(plan, measured, asked), option=orjson.OPT_INDENT_2))
+        _write("--json", Path(options.json), orjson.dumps(figures(plan, measured, inputs), option=orjson.OPT_INDENT_2))
     if target is not None and plan.recommended is None:
         raise PlanError(words.unreachable(plan))
     return 0
 
 
-def figures(plan: Plan, known: Calibration, asked: words.Asked) -> dict[str, Any]:
+def figures(plan: Plan, calibration: Calibration, inputs: words.Inputs) -> dict[str, Any]:
     """Return what `--json` writes. Times are seconds."""
     return {
-        "trace": {"file": asked.trace, "requests": len(asked.traffic.times), "seconds": plan.seconds},
-        "worker": dataclasses.asdict(known),
-        "scaler": {"rule": asked.current.scaling.rule, "value": asked.current.scaling.value},
-        "seed": asked.seed,
+        "trace": {"file": inputs.trace, "requests": len(inputs.traffic.times), "seconds": plan.seconds},
+        "worker": dataclasses.asdict(calibration),
+        "scaler": {"rule": inputs.current.scaling.rule, "value": inputs.current.scaling.value},
+        "seed": inputs.seed,
         "target_ttft95": plan.target,
         "recommended": None if plan.recommended is None else dataclasses.asdict(plan.recommended),
         "current": dataclasses.asdict(plan.current),
@@ -191,13 +191,13 @@ def _number(option: str, text: str) -> float:
     return _parsed(option, text, float, lambda value: 0 <= value < math.inf, "numbers of at least 0")
 
 
-def _parsed(option: str, text: str, kind: Callable[[str], T], right: Callable[[T], bool], said: str) -> T:
+def _parsed(option: str, text: str, kind: Callable[[str], T], right: Callable[[T], bool], expected: str) -> T:
     try:
         value = kind(text)
     except ValueError:
         value = None
     if value is None or not right(value):
-        raise PlanError(f"{option}: expected {said}, found {text!r}")
+        raise PlanError(f"{option}: expected {expected}, found {text!r}")
     return value
 
 

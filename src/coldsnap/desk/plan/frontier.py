@@ -91,7 +91,7 @@ class Plan:
 
 def search(
     traffic: Traffic,
-    known: Calibration,
+    calibration: Calibration,
     current: Choice,
     ranges: Ranges,
     *,
@@ -108,20 +108,20 @@ def search(
 
     def look(choice: Choice) -> Point:
         if choice not in tried:
-            tried[choice] = summary(simulate(traffic, choice, known.worker, seed), known)
+            tried[choice] = summary(simulate(traffic, choice, calibration.worker, seed), calibration)
         return tried[choice]
 
     now = look(current)
     base = replace(current.scaling, least=0, most=max(ranges.most))
-    active = ranges.active or _actives(simulate(traffic, replace(current, scaling=base), known.worker, seed))
+    active = ranges.active or _actives(simulate(traffic, replace(current, scaling=base), calibration.worker, seed))
     for least in sorted({min(each, max(ranges.most)) for each in active}):
         _try(look, current, least, ranges)
     for point in pareto(tried.values()):
         for concurrency in ranges.concurrency:
             look(replace(_choice(current, point), concurrency=concurrency))
-    met = [point for point in tried.values() if target is not None and point.ttft95 <= target]
-    recommended = min(met, key=lambda point: (point.cost, point.ttft95), default=None)
-    slow = known.worker.slower(SLOWER)
+    within_target = [point for point in tried.values() if target is not None and point.ttft95 <= target]
+    recommended = min(within_target, key=lambda point: (point.cost, point.ttft95), default=None)
+    slow = calibration.worker.slower(SLOWER)
     points_of_table = {
         point: replace(point, slower95=_p95(simulate(traffic, _choice(current, point), slow, seed)))
         for point in {*pareto(tried.values(), recommended), now}
@@ -170,7 +170,7 @@ def pareto(points: Iterable[Point], keep: Point | None = None) -> tuple[Point, .
     return tuple(front)
 
 
-def summary(outcome: Outcome, known: Calibration) -> Point:
+def summary(outcome: Outcome, calibration: Calibration) -> Point:
     """Return what came of a setting in figures."""
     scaling: Scaling = outcome.choice.scaling
     ttft = np.percentile(outcome.ttft, (50, 95, 99)).tolist()
@@ -179,8 +179,8 @@ def summary(outcome: Outcome, known: Calibration) -> Point:
         most=scaling.most,
         idle=scaling.idle_timeout,
         concurrency=outcome.choice.concurrency,
-        gpu_seconds=(outcome.flex + outcome.active) * known.gpu_count,
-        usd=known.usd(outcome.flex, outcome.active),
+        gpu_seconds=(outcome.flex + outcome.active) * calibration.gpu_count,
+        usd=calibration.usd(outcome.flex, outcome.active),
         ttft50=ttft[0],
         ttft95=ttft[1],
         ttft99=ttft[2],
@@ -189,5 +189,5 @@ def summary(outcome: Outcome, known: Calibration) -> Point:
         peak=outcome.peak,
         widest=outcome.widest,
         utilisation=outcome.busy / outcome.billed if outcome.billed else 0.0,
-        slots=outcome.occupancy(known.worker.speed.sequences),
+        slots=outcome.occupancy(calibration.worker.speed.sequences),
     )

@@ -24,20 +24,20 @@ _CLOSE, _FAR = 8.0, 1000.0
 """Logarithmic axes whose ends are less than this factor apart have ticks as linear ones; more, at powers of ten."""
 
 
-def render(plan: Plan, known: Calibration, asked: words.Asked) -> str:
+def render(plan: Plan, calibration: Calibration, inputs: words.Inputs) -> str:
     """Return the page."""
     return (
         templates("coldsnap.desk.plan")
         .get_template("plan.html.jinja")
         .render(
             plan=plan,
-            asked=asked,
-            known=known,
+            inputs=inputs,
+            calibration=calibration,
             words=words,
-            notes=[_code(note) for note in words.warnings(plan, known, asked)],
+            notes=[_code(note) for note in words.warnings(plan, calibration, inputs)],
             plural=plural,
-            rows=list(words.rows(plan, asked)),
-            plots=[draw(plan, asked, name, width) for name, width in _WIDTHS.items()],
+            rows=list(words.rows(plan, inputs)),
+            plots=[draw(plan, inputs, name, width) for name, width in _WIDTHS.items()],
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
@@ -47,7 +47,7 @@ def _code(text: str) -> Markup:
     return Markup(re.sub(r"`(.*?)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 -- escaped before
 
 
-def draw(plan: Plan, asked: words.Asked, name: str, width: float) -> str:
+def draw(plan: Plan, inputs: words.Inputs, name: str, width: float) -> str:
     """Draw what was tried: cost against the p95 of the time to the first token, the frontier as a line."""
     hours = plan.seconds / _HOUR or 1.0
     with mpl.rc_context(STYLE):
@@ -65,7 +65,7 @@ def draw(plan: Plan, asked: words.Asked, name: str, width: float) -> str:
                 f"target {notation.seconds(plan.target)}", (1, plan.target), (0, 3), ha="right", fontsize=7.5,
                 xycoords=("axes fraction", "data"), textcoords="offset points", color=SECOND,
             )  # fmt: skip
-        marked = {asked.current_name: plan.current, "recommended": plan.recommended}
+        marked = {inputs.current_name: plan.current, "recommended": plan.recommended}
         for label, point in marked.items():
             if point is not None:
                 at = (point.cost / hours, point.ttft95)

@@ -23,7 +23,7 @@ _SPANS = (("days", 86_400.0), ("h", _HOUR), ("min", 60.0), ("s", 1.0))
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inputs:
     """What a plan was asked for."""
 
     trace: str
@@ -46,20 +46,20 @@ KEY = (
 )
 
 
-def rows(plan: Plan, asked: Asked) -> Iterator[tuple[str, list[str]]]:
+def rows(plan: Plan, inputs: Inputs) -> Iterator[tuple[str, list[str]]]:
     """Yield (kind, cells) of the frontier's lines, then of the settings that it is compared with."""
     for point in plan.frontier:
         best = point is plan.recommended
         same = point is plan.current
-        mark = " ".join(filter(None, ("→" * best, asked.current_name * same)))
-        yield "recommended" if best else "other", [mark, *_cells(plan, asked, point)]
+        mark = " ".join(filter(None, ("→" * best, inputs.current_name * same)))
+        yield "recommended" if best else "other", [mark, *_cells(plan, inputs, point)]
     if not any(point is plan.current for point in plan.frontier):
-        yield "current", [asked.current_name, *_cells(plan, asked, plan.current)]
+        yield "current", [inputs.current_name, *_cells(plan, inputs, plan.current)]
 
 
-def cost(plan: Plan, asked: Asked, point: Point, *, per: str) -> str:
+def cost(plan: Plan, inputs: Inputs, point: Point, *, per: str) -> str:
     """Return dollars, or GPU-seconds without a price, `per` hour of the trace or 1,000 requests."""
-    share = plan.seconds / _HOUR if per == "hour" else len(asked.traffic.times) / 1000
+    share = plan.seconds / _HOUR if per == "hour" else len(inputs.traffic.times) / 1000
     value = point.cost / share if share else None
     return seconds_of_gpu(value) if point.usd is None else usd(value)
 
@@ -75,9 +75,9 @@ def settings(point: Point) -> str:
     return f"{point.active} active, {above}, MAX_CONCURRENCY={point.concurrency}"
 
 
-def about(plan: Plan, asked: Asked) -> str:
+def about(plan: Plan, inputs: Inputs) -> str:
     """Say what the trace is."""
-    traffic = asked.traffic
+    traffic = inputs.traffic
     number = len(traffic.times)
     return (
         f"{count(number)} requests in {span(plan.seconds)}, on average {digits(sum(traffic.prompts) / number)} prompt "
@@ -85,33 +85,39 @@ def about(plan: Plan, asked: Asked) -> str:
     )
 
 
-def assumed(known: Calibration, asked: Asked) -> list[str]:
+def assumed(calibration: Calibration, inputs: Inputs) -> list[str]:
     """Say what the plan rests on, and where each figure is from."""
-    boots, speed = sorted(known.worker.boots), known.worker.speed
-    scaling = asked.current.scaling
+    boots, speed = sorted(calibration.worker.boots), calibration.worker.speed
+    scaling = inputs.current.scaling
     rule = (
         f"a worker more when a job has waited {scaling.value:g} s" if scaling.rule == "queue-delay"
         else f"a worker for each {scaling.value:g} requests"
     )  # fmt: skip
-    wide = max(1, round(known.widest))
-    alone, full = (digits(known.tokens_per_second(batch, _SHOWN_CONTEXT)) for batch in (1, wide))
-    limits = "as its boot recorded them" if known.limits_known else "vLLM's defaults: the ledger does not say them"
-    if known.flex is None:
-        price = f"none, costs are GPU-seconds: {known.price_origin}, or give --flex-price"
+    wide = max(1, round(calibration.widest))
+    alone, full = (digits(calibration.tokens_per_second(batch, _SHOWN_CONTEXT)) for batch in (1, wide))
+    limits = (
+        "as its boot recorded them" if calibration.limits_known else "vLLM's defaults: the ledger does not say them"
+    )
+    if calibration.flex is None:
+        price = f"none, costs are GPU-seconds: {calibration.price_origin}, or give --flex-price"
     else:
         price = (
-            f"${digits(known.flex)} a second flex, ${digits(known.active)} active, for each of {known.gpu_count} "
-            f"{known.gpu} ({known.price_origin})"
+            f"${digits(calibration.flex)} a second flex, ${digits(calibration.active)} active, for each of "
+            f"{calibration.gpu_count} {calibration.gpu} ({calibration.price_origin})"
         )
     cold = f"{digits(median(boots))} s ({digits(boots[0])} to {digits(boots[-1])})"
     engine = f"{alone} tokens/s alone, {full} in a batch of {wide}, at {_SHOWN_CONTEXT:,} tokens of context"
     checked = (
-        f"times {known.correction:.2f}: then {count(known.requests)} requests of the ledger take as long as they did"
+        f"times {calibration.correction:.2f}: then {count(calibration.requests)} requests of the ledger take as long "
+        "as they did"
     )
     return [
         f"Cold start: {cold}, from {plural(len(boots), 'boot')} in the ledger, with what the first job waits longer.",
         f"Engine: {engine}.",
-        f"That is the cost of a step as the workers fitted it, {checked} (median error of one: {known.error:.0%}).",
+        (
+            f"That is the cost of a step as the workers fitted it, {checked} "
+            f"(median error of one: {calibration.error:.0%})."
+        ),
         f"Limits of a step: {speed.sequences} requests, {count(speed.tokens)} tokens, {limits}.",
         f"Price: {price}.",
         f"Scaler: {scaling.rule}, {rule}.",
@@ -119,21 +125,21 @@ def assumed(known: Calibration, asked: Asked) -> list[str]:
     ]
 
 
-def warnings(plan: Plan, known: Calibration, asked: Asked) -> list[str]:
+def warnings(plan: Plan, calibration: Calibration, inputs: Inputs) -> list[str]:
     """Say where the plan is on thin ice."""
     sentences = []
     lines = [*plan.frontier, plan.current]
-    if (widest := max(point.widest for point in lines)) > _EXTRAPOLATED * known.widest:
+    if (widest := max(point.widest for point in lines)) > _EXTRAPOLATED * calibration.widest:
         sentences.append(
-            f"Batches of up to {widest} requests are foreseen, the ledger's fullest had {known.widest:.0f}: what such "
-            "a batch costs is extrapolated. `coldsnap bench` at that load would measure it."
+            f"Batches of up to {widest} requests are foreseen, the ledger's fullest had {calibration.widest:.0f}: "
+            "what such a batch costs is extrapolated. `coldsnap bench` at that load would measure it."
         )
     best = plan.recommended
     if best is not None and _misses(plan, best):
         holds = min((point for point in lines if not _misses(plan, point)), key=lambda point: point.cost, default=None)
         instead = (
             "no line of the table holds the target then" if holds is None
-            else f"{settings(holds)} would hold the target then, for {cost(plan, asked, holds, per='hour')} an hour"
+            else f"{settings(holds)} would hold the target then, for {cost(plan, inputs, holds, per='hour')} an hour"
         )  # fmt: skip
         sentences.append(
             f"If the engine's steps took 10% longer than in the ledger, the p95 TTFT of what is recommended would be "
@@ -145,7 +151,7 @@ def warnings(plan: Plan, known: Calibration, asked: Asked) -> list[str]:
             "faster than steps, and when a worker is added may hang on a single request. Such a p95 is a guess, unless "
             "the ledger is of that very load: run `coldsnap bench` at it, then plan again."
         )
-    if not known.limits_known:
+    if not calibration.limits_known:
         sentences.append("The ledger is of an older coldsnap and does not say the engine's limits.")
     return sentences
 
@@ -160,7 +166,7 @@ def _misses(plan: Plan, point: Point) -> bool:
     return point.slower95 is None or point.slower95 > plan.target
 
 
-def verdict(plan: Plan, asked: Asked) -> str:
+def verdict(plan: Plan, inputs: Inputs) -> str:
     """Say what to choose, in one sentence."""
     if plan.target is None:
         return "Give --ttft-p95, as in --ttft-p95 2s, to have one of them recommended."
@@ -168,11 +174,11 @@ def verdict(plan: Plan, asked: Asked) -> str:
     if best is None:
         return unreachable(plan)
     saved = 1 - best.cost / plan.current.cost if plan.current.cost else 0.0
-    than = f"{asked.current_name} ({seconds(plan.current.ttft95)})"
-    against = f"as {asked.current_name}" if best is plan.current else f"{_cheaper(saved)} than {than}"
+    than = f"{inputs.current_name} ({seconds(plan.current.ttft95)})"
+    against = f"as {inputs.current_name}" if best is plan.current else f"{_cheaper(saved)} than {than}"
     return (
-        f"For p95 TTFT within {seconds(plan.target)}: {settings(best)}. {cost(plan, asked, best, per='hour')} an hour, "
-        f"p95 TTFT {seconds(best.ttft95)}; {against}."
+        f"For p95 TTFT within {seconds(plan.target)}: {settings(best)}. "
+        f"{cost(plan, inputs, best, per='hour')} an hour, p95 TTFT {seconds(best.ttft95)}; {against}."
     )
 
 
@@ -195,11 +201,11 @@ def span(value: float) -> str:
     return f"{digits(value / size)} {name}"
 
 
-def _cells(plan: Plan, asked: Asked, point: Point) -> list[str]:
+def _cells(plan: Plan, inputs: Inputs, point: Point) -> list[str]:
     return [
         str(point.active), str(point.most), f"{point.idle:g} s" if point.most > point.active else NONE,
         str(point.concurrency),
-        cost(plan, asked, point, per="hour"), cost(plan, asked, point, per="requests"),
+        cost(plan, inputs, point, per="hour"), cost(plan, inputs, point, per="requests"),
         seconds(point.ttft50), seconds(point.ttft95), seconds(point.slower95) + f" {_MARK}" * shaky(point),
         seconds(point.ttft99), seconds(point.total95),
         count(point.boots), f"{point.utilisation:.0%}", f"{point.slots:.0%}",

@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> int:
         raise ReportError(f"--since {options.since}: {options.place} has no record since then")
     terminal.show(results, intake, options.by, options.loaded, console)
     if options.html is not None:
-        asked = page.Asked(options.by, options.loaded, since, rates)
-        _write(Path(options.html), page.render(results, intake, asked))
+        choices = page.Choices(options.by, options.loaded, since, rates)
+        _write(Path(options.html), page.render(results, intake, choices))
         console.print(f"The page with its plots: {options.html}")
     return 0
 

@@ -135,14 +135,14 @@ def gather(database: duckdb.DuckDBPyConnection, by: str, rates: Rates | None, bi
     )
 
 
-def _economy(found: Row) -> Economy | None:
-    if not found["worker_seconds"]:
+def _economy(row: Row) -> Economy | None:
+    if not row["worker_seconds"]:
         return None
-    each = found["seconds_each"]
+    each = row["seconds_each"]
     return Economy(
-        usd_per_second=found["usd_per_second"],
-        requests_per_second=found["requests"] / found["worker_seconds"],
-        utilisation=found["utilisation"],
+        usd_per_second=row["usd_per_second"],
+        requests_per_second=row["requests"] / row["worker_seconds"],
+        utilisation=row["utilisation"],
         most_requests_per_second=1 / each if each else None,
     )
 
@@ -298,13 +298,13 @@ FROM requests ORDER BY gpu_seconds DESC, job_id LIMIT {_DEAREST}
 """  # noqa: S608 -- a constant
 
 _ECONOMY = """
-WITH asked AS (SELECT count(*) AS requests FROM requests)
+WITH all_requests AS (SELECT count(*) AS requests FROM requests)
 SELECT any_value(requests) AS requests, sum(gpu_seconds / gpu_count) AS worker_seconds,
     CASE WHEN count(price) = count(*) THEN sum(gpu_seconds * price) / sum(gpu_seconds / gpu_count) END
         AS usd_per_second,
     sum((busy + overhead) / gpu_count) / sum(gpu_seconds / gpu_count) AS utilisation,
     sum((busy + overhead) / gpu_count) / nullif(any_value(requests), 0) AS seconds_each
-FROM lives, asked
+FROM lives, all_requests
 """
 
 _API = """

@@ -26,7 +26,7 @@ POLICIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Choices:
     """What the report was asked for."""
 
     by: str
@@ -46,7 +46,7 @@ def templates(package: str) -> jinja2.Environment:
     return environment
 
 
-def render(figures: Figures, intake: Intake, asked: Asked) -> str:
+def render(figures: Figures, intake: Intake, choices: Choices) -> str:
     """Return the page."""
     phases = [phase for phase in figures.phases if not phase["beside"]]
     economy = figures.economy
@@ -64,11 +64,11 @@ def render(figures: Figures, intake: Intake, asked: Asked) -> str:
         .get_template("page.html.jinja")
         .render(
             figures=figures,
-            asked=asked,
+            choices=choices,
             plots=drawn,
             phases=phases,
             causes=CAUSES,
-            policy=POLICIES[asked.loaded],
+            policy=POLICIES[choices.loaded],
             part=notation.part,
             ratio=notation.ratio,
             million=lambda value, tokens: None if not value or not tokens else value / tokens * 1e6,

@@ -87,7 +87,7 @@ def read(place: str, folder: Path) -> Intake:
     Raises `ReportError` if there is nothing to read, `SettingsError` and `S3Error` for what is wrong with a bucket.
     """
     files = _download(place, folder) if place.startswith("s3://") else _find(place)
-    met: set[str] = set()
+    names_read: set[str] = set()
     digests: set[bytes] = set()
     count: Counter[str] = Counter()
     torn: list[Torn] = []
@@ -95,8 +95,8 @@ def read(place: str, folder: Path) -> Intake:
     with clean.open("wb") as out:
         for name, path in files:
             unsealed = name.removesuffix(".open").removesuffix(".jsonl")
-            again = unsealed in met  # it was sealed after it had been read
-            met.add(unsealed)
+            again = unsealed in names_read  # it was sealed after it had been read
+            names_read.add(unsealed)
             for number, line in _lines(name, path, torn):
                 digest = blake2b(line, digest_size=16).digest()
                 if digest in digests:
@@ -116,7 +116,7 @@ def read(place: str, folder: Path) -> Intake:
                     count["records"] += 1
                     out.write(line + b"\n")
     if not count["records"]:
-        within = plural(len(met), "file")
+        within = plural(len(names_read), "file")
         if count["newer"]:
             raise ReportError(
                 f"{place}: written by a newer coldsnap: {plural(count['newer'], 'record')}, none that I know"
@@ -124,7 +124,7 @@ def read(place: str, folder: Path) -> Intake:
         if torn:
             raise ReportError(f"{place}: not a ledger: no line is a record of coldsnap's; {torn[0]}")
         raise ReportError(f"{place}: the ledger is empty: no records in {within}")
-    return Intake(place, clean, len(met), count["records"], count["repeated"], count["newer"], tuple(torn))
+    return Intake(place, clean, len(names_read), count["records"], count["repeated"], count["newer"], tuple(torn))
 
 
 def _find(place: str) -> Iterator[tuple[str, Path]]:
@@ -134,12 +134,12 @@ def _find(place: str) -> Iterator[tuple[str, Path]]:
     if not path.is_dir():
         yield place, path
         return
-    met: set[Path] = set()
+    paths_read: set[Path] = set()
     for _ in range(2):  # once more when these have been read: one may have been renamed meanwhile, which happens once
-        new = sorted(_below(path) - met)
-        met.update(new)
+        new = sorted(_below(path) - paths_read)
+        paths_read.update(new)
         yield from ((str(file), file) for file in new)
-    if not met:
+    if not paths_read:
         raise ReportError(f"{place}: expected *.jsonl or *.jsonl.gz in this folder or below it, found none")
 
 

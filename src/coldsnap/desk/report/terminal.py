@@ -127,8 +127,8 @@ def _boots(figures: Figures, _: str, __: str, console: Console) -> None:
     beside = [each for each in figures.phases if each["beside"]]
     rows += [[f"  beside: {each['phase']}", seconds(each["p50"]), seconds(each["p95"])] for each in beside]
     _table(console, f"Cold start ({figures.boots['count']} boots)", ("phase", "p50", "p95"), rows)
-    if said := snapshot_rates(figures.boots):
-        console.print(said)
+    if sentence := snapshot_rates(figures.boots):
+        console.print(sentence)
 
 
 def snapshot_rates(boots: Row) -> str:

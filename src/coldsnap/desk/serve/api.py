@@ -177,8 +177,8 @@ class Api:
         body = parse(content) if content else {}  # an operation such as `cancel` needs none
         return await self._gateway.answer(request, body)
 
-    def _submit_openai(self, given: Any) -> Job:
-        return self._endpoint.submit(Submission(given, {}, RUNSYNC), sync=True)
+    def _submit_openai(self, job_input: Any) -> Job:
+        return self._endpoint.submit(Submission(job_input, {}, RUNSYNC), sync=True)
 
     def _job(self, request: Request) -> Job:
         return self._endpoint.find(request.path_params["job"])

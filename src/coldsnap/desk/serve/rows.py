@@ -117,9 +117,9 @@ class Rows:
         return row
 
 
-def _forget_oldest(known: dict[str, Any]) -> None:
-    while len(known) > _KNOWN:
-        del known[next(iter(known))]
+def _forget_oldest(rows: dict[str, Any]) -> None:
+    while len(rows) > _KNOWN:
+        del rows[next(iter(rows))]
 
 
 def _spread(values: Iterable[float]) -> Row:

@@ -86,8 +86,8 @@ class Store:
 
     def kept(self, name: str, make: Callable[[], str]) -> str:
         """Return a word that is made once for this file."""
-        if found := self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone():
-            return str(found["value"])
+        if row := self._db.execute("SELECT value FROM about WHERE name = ?", (name,)).fetchone():
+            return str(row["value"])
         value = make()
         try:
             self._db.execute("INSERT INTO about VALUES (?, ?)", (name, value))

@@ -84,8 +84,8 @@ def milliseconds(value: str, name: str, least: int, most: int) -> float:
 
 def too_large(size: int | None, limit: int) -> Refused:
     """Return the refusal of a body above the limit."""
-    found = "more" if size is None else f"{size} bytes"
-    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {limit} bytes at most, found {found}")
+    length = "more" if size is None else f"{size} bytes"
+    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {limit} bytes at most, found {length}")
 
 
 def _milliseconds(policy: dict[str, Any], name: str) -> float | None:

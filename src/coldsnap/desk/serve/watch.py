@@ -55,6 +55,6 @@ class Log:
                 return _LINE.validate_json(line)
             except ValidationError:
                 pass  # another program's JSON, or another version's record
-        if said := line[: 4 * _SAID_CHARACTERS].decode(errors="replace").strip():
-            self.said = said[:_SAID_CHARACTERS]
+        if text := line[: 4 * _SAID_CHARACTERS].decode(errors="replace").strip():
+            self.said = text[:_SAID_CHARACTERS]
         return None

@@ -47,9 +47,9 @@ def refuse_private(address: str) -> None:
         _refuse(socket.inet_ntoa(socket.inet_aton(host)), host)
 
 
-def _refuse(found: str, host: str) -> None:
-    address = ipaddress.ip_address(found.partition("%")[0])
+def _refuse(text: str, host: str) -> None:
+    address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         address = address.ipv4_mapped or address.sixtofour or address
     if not address.is_global or address.is_multicast:
-        raise OSError(f"{host} leads to {found}, which is not public; see --private-webhooks")
+        raise OSError(f"{host} leads to {text}, which is not public; see --private-webhooks")
