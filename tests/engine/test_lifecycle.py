@@ -275,6 +275,30 @@ async def test_one_flipped_byte_of_the_weights_ends_the_boot_and_nothing_is_serv
     assert MANIFEST.files["model.safetensors"].blake3 in ended.stderr
 
 
+async def test_a_flipped_byte_in_weights_that_are_checked_beside_the_engine_ends_the_boot_too(
+    plane: ControlPlane, home: Path, tmp_path: Path, snapshot: Path
+) -> None:
+    index = {"weight_map": {"any": "model.safetensors"}}  # the other file is of the snapshot, and not the engine's
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    large = snapshot / "other.safetensors"
+    large.touch()
+    os.truncate(large, (2 << 30) + 1)  # takes nothing of the disk
+    manifest = write_manifest(
+        snapshot,
+        source=Source(),
+        quantization=Quantization(),
+        served_model_name=MODEL,
+        engine_args=MANIFEST.engine_args,
+        versions={},
+    )
+    with large.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"1")
+    ended = await refused(plane, home, tmp_path, SNAPSHOT_DIR=str(snapshot))
+    expected = manifest.files["other.safetensors"].blake3
+    assert re.search(rf"other\.safetensors: expected BLAKE3 {expected}, found [0-9a-f]{{64}}$", ended.stderr.strip())
+
+
 async def test_an_engine_that_does_not_start_says_why(plane: ControlPlane, home: Path, tmp_path: Path) -> None:
     ended = await run_handler(home=home, cwd=tmp_path, KV_CACHE_MEMORY_BYTES="1000", **plane.environment("unstarted"))
     assert ended.code == 1

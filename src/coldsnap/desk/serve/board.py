@@ -35,14 +35,12 @@ class Journal(Protocol):
 
 @dataclass(slots=True)
 class Worker:
-    """What has been seen of a worker. `first_poll` and `last_seen` are `time.monotonic()`."""
+    """What has been seen of a worker. `first_poll` is `time.monotonic()`."""
 
     id: str
     first_poll: float | None = None
-    last_seen: float = 0.0
     taken: int = 0
     pings: int = 0
-    pinged_jobs: tuple[str, ...] = ()
     unhealthy: str | None = None
     running: set[str] = field(default_factory=set)
     """The jobs that it has taken and not ended."""
@@ -172,9 +170,7 @@ class Board:
 
     def see(self, worker_id: str) -> Worker:
         """Return the worker, which is new or was heard of again."""
-        worker = self.workers.setdefault(worker_id, Worker(worker_id))
-        worker.last_seen = time.monotonic()
-        return worker
+        return self.workers.setdefault(worker_id, Worker(worker_id))
 
     def take(self, worker: Worker, most: int) -> list[Job]:
         """Give the worker the next jobs."""

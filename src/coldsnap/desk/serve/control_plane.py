@@ -82,8 +82,6 @@ class ControlPlane(Board):
             raise ValueError("poll_seconds is above 0 and below 90, where the SDK gives its poll up")
         super().__init__(journal)
         self.violations: list[Violation] = []
-        self.foreign_request_ids = 0
-        """POSTs whose X-Request-ID names another job: the SDK's retries, when jobs run side by side."""
         self.endpoint_id = endpoint_id
         self.url = ""
         self.faults = faults
@@ -209,7 +207,6 @@ class ControlPlane(Board):
 
     def _ping(self, worker: Worker, request: Request) -> Response:
         worker.pings += 1
-        worker.pinged_jobs = tuple(filter(None, request.query.get("job_id", "").split(",")))
         if request.query.get("status") == "unhealthy":
             worker.unhealthy = f"{request.query.get('check')}: {request.query.get('reason')}"
             self._arrived.ring()
@@ -222,7 +219,6 @@ class ControlPlane(Board):
         if job is None:
             return Response(self._violated(404, "unknown job", job_id, f"{kind} from {worker_id}"))
         job.posts += 1
-        self.foreign_request_ids += request.headers.get("x-request-id", job_id) != job_id
         delay, status = self.faults.draw(kind, job.number, job.posts) if self.faults else (0.0, None)
 
         def taken() -> int:
