@@ -109,6 +109,8 @@ def boot(
     }
     compatible = vllm_release.moves_libraries(environ)
     fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
+    if needs["gpu"] and (advice := fitness.no_compiler(environ)):
+        _warn(advice)
     for_vllm = vllm_release.environment(environ, manifest.engine_args if manifest else {})
     environ.update(for_vllm | _offline(settings, offline=search.offline))
     shared = _caches(settings, environ, search)

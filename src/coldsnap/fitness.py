@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import resource
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _LEAST_SHARED = 256 << 20
 _LEAST_FILES, _WISHED_FILES = 1024, 65_535
 """Open files: a socket for each job's posts and requests. vLLM's server asks for the larger number too."""
 _GIGA = 1e9
+_COMPILERS = ("cc", "gcc", "clang")
+"""What Triton and FlashInfer call, if `CC` names none."""
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
 
 
@@ -52,6 +55,20 @@ def check(
         _shared_memory(shared, gpus)
     if gpu:
         _gpus(nvml or driver(), weights, None if any_driver else _runtime())
+
+
+def no_compiler(environ: Mapping[str, str]) -> str | None:
+    """Return what to do where a GPU's engine finds no C compiler, None if it finds one.
+
+    Not a reason to refuse the boot: what Triton has in its cache it does not build again.
+    """
+    path = environ.get("PATH")
+    if environ.get("CC") or any(shutil.which(name, path=path) for name in _COMPILERS):
+        return None
+    return (
+        f"this machine has no C compiler ({', '.join(_COMPILERS)} or CC): the engine does not start unless the caches "
+        "hold all its kernels; install gcc, or use the image"
+    )
 
 
 def check_kills(before: int, error: BootError) -> None:

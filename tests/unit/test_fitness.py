@@ -131,6 +131,16 @@ def test_a_full_disk(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TMPDIR" in error.message
 
 
+def test_a_machine_without_a_compiler_is_told_what_to_install(tmp_path: Path) -> None:
+    nothing = {"PATH": str(tmp_path)}
+    advice = fitness.no_compiler(nothing)
+    assert advice is not None
+    assert "install gcc" in advice
+    assert fitness.no_compiler(nothing | {"CC": "/opt/cc"}) is None
+    (tmp_path / "clang").touch(0o755)
+    assert fitness.no_compiler(nothing) is None
+
+
 def test_it_imports_no_torch() -> None:
     code = (
         "import sys, pathlib; from coldsnap import fitness;"
