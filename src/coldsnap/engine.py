@@ -60,6 +60,10 @@ class Meter:
     cached_tokens: int = 0
     completion_tokens: int = 0
     queue_seconds: float = 0.0
+    asked: float = 0.0
+    """When the engine was first asked for something."""
+    begun: bool = False
+    """Whether the engine has begun with it: until then it waits in the engine's queue."""
     first_token: float = 0.0
     last_token: float = 0.0
     gpu_seconds: float = 0.0

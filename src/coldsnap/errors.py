@@ -158,6 +158,13 @@ class Unavailable(JobError):
     type = "ServiceUnavailableError"
 
 
+class Overloaded(JobError):
+    """More was asked for than can be run: the job has waited too long, or would be one too many."""
+
+    status = 429
+    type = "TooManyRequestsError"
+
+
 class Draining(Unavailable):
     """The job reached a worker that is shutting down and could not be finished in time."""
 
@@ -168,7 +175,9 @@ class Refused(JobError):
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.type = {500: JobError.type, 503: Unavailable.type}.get(status, "invalid_request_error")
+        self.type = {429: Overloaded.type, 500: JobError.type, 503: Unavailable.type}.get(
+            status, "invalid_request_error"
+        )
         self.retry_after = retry_after
 
 

@@ -117,6 +117,19 @@ class Settings(BaseModel):
         ge=1,
         description="Jobs taken from the platform at once; what the engine cannot run waits in vLLM's queue.",
     )
+    max_queue: int | None = Field(
+        None,
+        alias="MAX_QUEUE",
+        ge=1,
+        description="Jobs that may wait: for the engine, where a worker takes no more; in `serve`, which answers 429.",
+    )
+    max_queue_seconds: float | None = Field(
+        None,
+        alias="MAX_QUEUE_SECONDS",
+        gt=0,
+        le=86_400,
+        description="How long a job may wait, for the engine or in `serve` for a worker, before it ends with a 429.",
+    )
     max_n: int = Field(
         32,
         alias="MAX_N",

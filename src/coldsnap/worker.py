@@ -81,7 +81,7 @@ class _Worker:
     """Serves the platform's jobs on a booted engine. It is the `dispatch.Worker` of the SDK's scaler."""
 
     def __init__(self, booted: Booted) -> None:
-        self.concurrency = booted.settings.max_concurrency
+        self.concurrency = _concurrency(booted)
         self.drain_seconds = booted.settings.drain_seconds
         self._booted = booted
         self._sink = Sink(booted.settings.ledger_dir, lambda line: print(line, flush=True))  # noqa: T201
@@ -157,6 +157,7 @@ class _Worker:
                 self._booted.engine.check()
             except ColdsnapError as error:
                 self._die(error)
+            self._jobs.turn_away()
             self._life.tick()
             if self._booted.settings.metrics_push_url and (totals := self._life.totals()):
                 self._metrics.see(totals)  # the record comes every 10 s, every 60 in an idle worker
@@ -186,6 +187,12 @@ class _Worker:
         self.drain_seconds = 0.0
         if self._scaler is not None:
             self._scaler.kill_worker()
+
+
+def _concurrency(booted: Booted) -> int:
+    """Return how many jobs are taken at once: others are left to other workers, or refused where they are queued."""
+    most, queue, limits = booted.settings.max_concurrency, booted.settings.max_queue, booted.engine.info.limits
+    return most if queue is None or limits is None else min(most, limits.max_num_seqs + queue)
 
 
 def _senders(settings: Settings, sink: Sink, jobs: Jobs) -> list[Background]:

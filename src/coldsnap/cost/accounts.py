@@ -106,11 +106,13 @@ class Accounts:
         account = Account(name, requests, meter, self._split.enter(), self._frames, self._ledger.lost_steps)
         self._open.setdefault(name, []).append(account)
         meter.calls.append(account.settled)
+        meter.asked = meter.asked or time.monotonic()
         return account
 
     def first_output(self, account: Account) -> None:
         """Note that the call's prefill is over, as far as an equal split can tell."""
         account.first = self._split.look()[0]
+        account.meter.begun = True
 
     @property
     def steps(self) -> int | None:
@@ -218,6 +220,7 @@ class Accounts:
                     account.key = key
                     account.live.add(number)
                     self._payers[number] = account
+                    account.meter.begun = True
                     return
 
     def _let_go(self, number: int) -> None:

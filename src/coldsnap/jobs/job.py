@@ -17,7 +17,7 @@ import orjson
 
 from coldsnap.cost import prices
 from coldsnap.engine import Delta, Engine, Meter
-from coldsnap.errors import ColdsnapError, InvalidInput, JobError, NotFound
+from coldsnap.errors import ColdsnapError, InvalidInput, JobError, NotFound, Overloaded
 from coldsnap.jobs import bill
 from coldsnap.jobs.bill import Bill
 from coldsnap.jobs.request import Http, Native, parse
@@ -56,13 +56,13 @@ class Jobs:
         self._sink = sink
         self._on_fatal = on_fatal
         self._price = prices.of(engine.info.gpu, settings.gpu_price_per_second)
-        self._running: set[Relay[Piece, Chunk]] = set()
-        self._reason: ColdsnapError | None = None
+        self._running: dict[Relay[Piece, Chunk], Meter] = {}
 
     async def handle(self, job: Mapping[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the job's chunks; a job that fails ends with `{"error": <JSON of an OpenAI error body>}`."""
-        relay = Relay(self._run(job), _join)
-        self._running.add(relay)
+        meter = Meter()
+        relay: Relay[Piece, Chunk] = Relay(self._run(job, meter, lambda: relay.reason), _join)
+        self._running[relay] = meter
         # A cancel may find the SDK inside a POST: then nothing is raised here, but its task ends at once.
         task = asyncio.current_task()
         assert task is not None
@@ -84,18 +84,32 @@ class Jobs:
 
     def stop(self, reason: ColdsnapError) -> None:
         """End every running job with `reason`."""
-        self._reason = reason
         for relay in tuple(self._running):
             relay.stop(reason)
 
+    def turn_away(self) -> None:
+        """End every job that has waited for the engine longer than MAX_QUEUE_SECONDS."""
+        if (most := self._settings.max_queue_seconds) is None:
+            return
+        now = time.monotonic()
+        for relay, meter in tuple(self._running.items()):
+            if meter.asked and not meter.begun and now - meter.asked > most:
+                relay.stop(
+                    Overloaded(
+                        f"the engine did not begin with the job within MAX_QUEUE_SECONDS={most:g}; "
+                        f"jobs in this worker: {len(self._running)}; send it again later"
+                    )
+                )
+
     def _end(self, relay: Relay[Piece, Chunk]) -> None:
         relay.stop()
-        self._running.discard(relay)
+        self._running.pop(relay, None)
 
-    async def _run(self, job: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
+    async def _run(
+        self, job: Mapping[str, Any], meter: Meter, stopped: Callable[[], ColdsnapError | None]
+    ) -> AsyncGenerator[Piece, None]:
         arrival = time.monotonic()
         boot = self._sink.next_job()
-        meter = Meter()
         request: Native | Http | None = None
         error: str | None = None
         try:
@@ -108,7 +122,7 @@ class Jobs:
             error = failure.type
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            error = self._reason.type if self._reason else "cancelled"
+            error = reason.type if (reason := stopped()) else "cancelled"
             raise
         except Exception as failure:
             error = type(failure).__name__

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import Generic, TypeVar
 
+from coldsnap.errors import ColdsnapError
+
 Piece = TypeVar("Piece")
 Chunk = TypeVar("Chunk")
 
@@ -26,11 +28,16 @@ class Relay(Generic[Piece, Chunk]):
         self._join = join
         self._pieces: list[Piece] = []
         self._some = asyncio.Event()
-        self._reason: Exception | None = None
+        self._reason: ColdsnapError | None = None
         self._task = asyncio.create_task(self._pull(source))
         self._task.add_done_callback(self._ended)
 
-    def stop(self, reason: Exception | None = None) -> None:
+    @property
+    def reason(self) -> ColdsnapError | None:
+        """Why the source was stopped, if it was and a reason was given."""
+        return self._reason
+
+    def stop(self, reason: ColdsnapError | None = None) -> None:
         """Cancel the source; its clean-up runs in its own task, and a reader gets `reason` if there is one.
 
         Does nothing once the source has ended. Call it from the event loop's thread.

@@ -633,12 +633,13 @@ async def keeping(
     scaling: Scaling = Scaling(),  # noqa: B008
     *,
     private_webhooks: bool = False,
+    **queue: Any,
 ) -> AsyncIterator[Endpoint]:
     said: list[str] = []
     with Store(path, said.append) as store:
         async with (
             ControlPlane(journal=store) as plane,
-            Endpoint(plane, store, scaling, said.append, private_webhooks=private_webhooks) as endpoint,
+            Endpoint(plane, store, scaling, said.append, private_webhooks=private_webhooks, **queue) as endpoint,
         ):
             yield endpoint
     assert said == []
@@ -794,6 +795,41 @@ async def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="501 jobs wait; with 1 workers at most no more than 500 may") as refused:
             endpoint.submit(submission, sync=False)
         assert (refused.value.status, refused.value.retry_after) == (429, 10)
+
+
+async def test_a_queue_is_as_long_as_max_queue_says_and_a_job_waits_max_queue_seconds_at_most(tmp_path: Path) -> None:
+    async with keeping(tmp_path / "db", max_queue=2, max_queue_seconds=0.5) as endpoint:
+        submission = Submission(None, {}, Terms())
+        jobs = [endpoint.submit(submission, sync=False) for _ in range(2)]
+        with pytest.raises(Refused, match="2 jobs wait, MAX_QUEUE=2; send it again later") as refused:
+            endpoint.submit(submission, sync=False)
+        assert (refused.value.status, refused.value.type) == (429, "TooManyRequestsError")
+        endpoint.plane.take(endpoint.plane.see("worker-1"), 1)
+        assert await jobs[1].ended(60)
+        error = json.loads(jobs[1].error or "")["error"]
+        assert (error["code"], error["type"]) == (429, "TooManyRequestsError")
+        assert "MAX_QUEUE_SECONDS=0.5" in error["message"]
+        assert jobs[0].state is JobState.IN_PROGRESS  # one that runs may run
+        endpoint.plane.again(jobs[0], "its worker died")
+        await asyncio.sleep(1)
+        assert jobs[0].state is JobState.IN_QUEUE  # it has waited its turn
+
+
+async def test_who_waits_too_long_or_is_one_too_many_gets_429_from_serve(tmp_path: Path) -> None:
+    (tmp_path / "handler.py").write_text("import time\ntime.sleep(600)\n")  # a long cold start
+    environ = dict(os.environ) | {"MAX_QUEUE": "1", "MAX_QUEUE_SECONDS": "1.5"}
+    async with Serve(tmp_path, "--handler", str(tmp_path / "handler.py"), environ=environ) as serve:
+        waits = asyncio.create_task(serve.call("POST", "openai/v1/chat/completions", {"messages": []}))
+        while (await serve.get("health"))["jobs"]["inQueue"] == 0:
+            await asyncio.sleep(0.02)
+        async with serve.http.post(f"{serve.url}/run", json={"input": {}}) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+            assert "MAX_QUEUE=1" in (await answer.json())["error"]
+        code, body = await waits
+        assert (code, body["error"]["code"], body["error"]["type"]) == (429, 429, "TooManyRequestsError")
+        assert "MAX_QUEUE_SECONDS=1.5" in body["error"]["message"]
+        job = await serve.run({})  # there is room again
+        assert (await serve.ended(job))["status"] == "FAILED"
 
 
 async def test_a_client_that_sends_nothing_or_half_a_request_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -555,7 +555,7 @@ class TestNative:
             assert (await worker.run({"prompt": "Hi"}))[0]["text"] == "fine"  # type: ignore[index]
         assert len(worker.engine.requests) == 5
         assert worker.fatal == []
-        assert worker.jobs._running == set()
+        assert not worker.jobs.running
 
 
 NATIVE_STREAM = {"prompt": "Hi", "stream": True}
@@ -678,7 +678,7 @@ class TestCancel:
         (record,) = worker.records
         assert (record["error"], record["finish_reason"]) == ("cancelled", None)
         assert record["completion_tokens"] > 5
-        assert worker.jobs._running == set()
+        assert not worker.jobs.running
 
     async def test_an_http_request_is_left_too(self, tmp_path: Path) -> None:
         answer = Answer((b"data: 1\n\n", 3600.0), content_type="text/event-stream")

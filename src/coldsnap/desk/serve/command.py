@@ -37,8 +37,8 @@ _SCALER_VALUES = {"queue-delay": 4.0, "request-count": 4.0}
 _DRAIN_SECONDS = 10.0
 """For running jobs after the first Ctrl-C. Those that do not end run again after the next start."""
 _POLL_SECONDS = 20.0
-_PRICE = "GPU_PRICE_PER_SECOND"
-"""The one setting of the workers that the page needs too, before they have said what they cost."""
+_SHARED = ("GPU_PRICE_PER_SECOND", "MAX_QUEUE", "MAX_QUEUE_SECONDS")
+"""Settings of the workers that count here too: the page's price, and the bounds of a queue."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
     """Start from the inside: state, worker protocol, clock, workers, API; end in reverse."""
-    price = Settings.read({_PRICE: os.environ.get(_PRICE, "")}).gpu_price_per_second
+    settings = Settings.read({name: os.environ.get(name, "") for name in _SHARED})
     listener = _listener(options.host, options.port)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -120,14 +120,22 @@ async def _serve(options: argparse.Namespace, scaling: Scaling) -> None:
         plane = ControlPlane(poll_seconds=_POLL_SECONDS, endpoint_id=options.endpoint, journal=store)
         await stack.enter_async_context(plane)
         endpoint = await stack.enter_async_context(
-            Endpoint(plane, store, scaling, _say, private_webhooks=options.private_webhooks)
+            Endpoint(
+                plane,
+                store,
+                scaling,
+                _say,
+                private_webhooks=options.private_webhooks,
+                max_queue=settings.max_queue,
+                max_queue_seconds=settings.max_queue_seconds,
+            )
         )
         logs = options.state.parent / "workers"
         pushes = await stack.enter_async_context(Pushes(lambda worker_id: worker_id in fleet.workers, _say))
         fleet = Fleet(endpoint, options.handler.absolute(), pushes.environment(os.environ), logs, _say)
         api = Api(endpoint, fleet, key, Throttle())
         metrics = Scrape(endpoint, fleet, pushes, _named_local if _private(listener) else api.authorize)
-        page = Page(View(endpoint, fleet, price), api.authorize)
+        page = Page(View(endpoint, fleet, settings.gpu_price_per_second), api.authorize)
         app = api.application(Route("/metrics", metrics.answer), *page.routes())
         await stack.enter_async_context(served(app, listener))
         stack.callback(page.close)

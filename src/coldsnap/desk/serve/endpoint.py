@@ -23,7 +23,7 @@ from coldsnap.desk.serve.scaler import Load, Scaling
 from coldsnap.desk.serve.store import Store
 from coldsnap.desk.serve.submission import Submission
 from coldsnap.desk.serve.webhook import PublicOnly, refuse_private
-from coldsnap.errors import Refused
+from coldsnap.errors import Overloaded, Refused
 
 _SWEEP_SECONDS = 0.25
 _QUEUE_ALWAYS = 50
@@ -46,6 +46,8 @@ class Endpoint:
         say: Callable[[str], None],
         *,
         private_webhooks: bool = False,
+        max_queue: int | None = None,
+        max_queue_seconds: float | None = None,
     ) -> None:
         self.plane = plane
         self.scaling = scaling
@@ -55,6 +57,8 @@ class Endpoint:
         self._store = store
         self._say = say
         self._private_webhooks = private_webhooks
+        self._max_queue = max_queue
+        self._max_queue_seconds = max_queue_seconds or math.inf
         self._called: set[str] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -91,13 +95,23 @@ class Endpoint:
             raise Refused(503, _STOPS, retry_after=10)
         if sync and self.boots.trouble and self.boots.pause and not self._served:
             raise Refused(503, self.boots.trouble, retry_after=math.ceil(self.boots.pause))
-        waiting, most = len(self.plane.queue), _QUEUE_PER_WORKER * self.scaling.most
-        if waiting > _QUEUE_ALWAYS and waiting > most:
-            message = f"{waiting} jobs wait; with {self.scaling.most} workers at most no more than {most} may"
-            raise Refused(429, message, retry_after=10)
+        self._refuse_one_too_many()
         job = self.plane.submit(submission.input, sync=sync, terms=submission.terms, **submission.more)
         job.held = sync
         return job
+
+    def _refuse_one_too_many(self) -> None:
+        waiting = len(self.plane.queue)
+        if self._max_queue is not None:
+            if waiting >= self._max_queue:
+                raise Refused(
+                    429, f"{waiting} jobs wait, MAX_QUEUE={self._max_queue}; send it again later", retry_after=1
+                )
+            return
+        most = max(_QUEUE_ALWAYS, _QUEUE_PER_WORKER * self.scaling.most)
+        if waiting > most:
+            message = f"{waiting} jobs wait; with {self.scaling.most} workers at most no more than {most} may"
+            raise Refused(429, message, retry_after=10)
 
     def boot_failed(self, why: str) -> None:
         """Learn that a worker ended before it took jobs. Once that is no chance, nobody is left waiting for the first.
@@ -173,6 +187,9 @@ class Endpoint:
         elif times.taken is not None and now - times.taken > terms.execution_timeout:
             why = f"the job ran longer than its execution timeout of {terms.execution_timeout:g} s"
             self.plane.stop(job, JobState.TIMED_OUT, why)
+        elif not job.attempts and now - times.submitted > self._max_queue_seconds:
+            why = f"no worker took the job within MAX_QUEUE_SECONDS={self._max_queue_seconds:g}; send it again later"
+            self.plane.stop(job, JobState.FAILED, orjson.dumps(Overloaded(why).body()).decode())
         elif now - times.submitted > terms.ttl:
             self.plane.stop(job, JobState.TIMED_OUT, f"the job did not end within its time to live of {terms.ttl:g} s")
 
