@@ -4,13 +4,22 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test faults hostile families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test faults hostile real real-check families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: ## set up .venv and answer test_input.json on the real engine
-	@scripts/setup.sh demo
-	@$(py) handler.py --test_input "$$(cat test_input.json)"
+demo: ## set up .venv and answer test_input.json on the real engine, or: MODEL=smollm2 ASK="…"
+	@scripts/demo.sh "$$MODEL" "$$ASK"
+
+real: ## fetch SmolLM2-135M-Instruct and bake it in every scheme, into .coldsnap/real
+	@scripts/setup.sh bake
+	@.venv-bake/bin/python builder/real_model.py
+
+real-check: ## bake SmolLM2 as it is and in w4a16, boot both and ask them
+	@scripts/setup.sh test
+	@scripts/setup.sh bake
+	@.venv-bake/bin/python builder/real_model.py none w4a16-g32
+	@$(py) -m pytest -q tests/real
 
 test: ## set up .venv and run the tests
 	@scripts/setup.sh test
@@ -87,6 +96,7 @@ lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/tools.in -o requirements/tools.lock
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock -c requirements/tools.lock requirements/dev.in -o requirements/dev.lock
 	@$(compile) $(override)-cpu.txt requirements/bake.in requirements/torch-cpu.in -o requirements/bake.lock
+	@$(compile) --no-deps requirements/real.in -o requirements/real.lock
 
 clean: ## remove the environments, tools and caches (not the ledger)
 	@rm -rf .venv .venv-bake .venv-gpu build .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
