@@ -96,7 +96,7 @@ lock: ## compile requirements/*.in to *.lock (UPGRADE=1 takes the newest)
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock requirements/tools.in -o requirements/tools.lock
 	@$(compile) -c requirements/cpu.lock -c requirements/gpu.lock -c requirements/tools.lock requirements/dev.in -o requirements/dev.lock
 	@$(compile) $(override)-cpu.txt requirements/bake.in requirements/torch-cpu.in -o requirements/bake.lock
-	@$(compile) --no-deps requirements/real.in -o requirements/real.lock
+	@$(compile) --no-deps -c requirements/bake.lock requirements/real.in -o requirements/real.lock
 
 clean: ## remove the environments, tools and caches (not the ledger)
 	@rm -rf .venv .venv-bake .venv-gpu build .tools .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import distributions
 
 from coldsnap.errors import BakeError
 from coldsnap.settings import ROOT
+
+_MAKERS = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
 def versions() -> dict[str, str]:
@@ -17,5 +19,6 @@ def versions() -> dict[str, str]:
     if not pinned:
         raise BakeError("requirements/cpu.lock names no vllm; run `make lock`")
     coldsnap = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    made_by = {name: version(name) for name in ("torch", "transformers", "llmcompressor", "compressed-tensors")}
+    installed = {each.name: each.version for each in distributions()}
+    made_by = {name: installed[name] for name in _MAKERS if name in installed}  # not all are needed to copy weights
     return made_by | {"vllm": pinned[1], "coldsnap": coldsnap}
