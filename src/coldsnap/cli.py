@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "warm": ("coldsnap.warm", "Boot the engine once and share what it compiled: a cache bundle for workers like this."),
     "serve": ("coldsnap.desk.serve.command", "Run a Runpod endpoint on this machine."),
     "bench": ("coldsnap.desk.bench.command", "Load an endpoint: latency, throughput, goodput, errors, cost."),
+    "compare": ("coldsnap.desk.compare.command", "What differs between two endpoints on your own prompts."),
 }
 """Name -> module, and what it does in one line."""
 

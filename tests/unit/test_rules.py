@@ -20,7 +20,11 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 OURS = {name: tree for name, tree in MODULES.items() if not name.startswith("testing/")}
-DESK = {name for name in OURS if name.startswith(("desk/report/", "desk/serve/", "desk/plan/", "desk/bench/"))}
+DESK = {
+    name
+    for name in OURS
+    if name.startswith(("desk/report/", "desk/serve/", "desk/plan/", "desk/bench/", "desk/compare/"))
+}
 """Tools of the desk: a database, plots, a server may take time to import, and the worker never waits for them."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _MODULE_NAME = re.compile(r"([A-Za-z]\w*)(\.\w+)+(:\w+)?")
@@ -190,8 +194,15 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
     # worker and warm hand os.environ to Settings.read and to the boot, desk/serve to the workers that it starts;
-    # step_meter runs in a process that vLLM starts; desk/bench/command looks for an endpoint's key
-    assert found == {"worker", "warm", "cost/step_meter", "desk/serve/command", "desk/bench/command"}
+    # step_meter runs in a process that vLLM starts; desk/bench and desk/compare look for an endpoint's key
+    assert found == {
+        "worker",
+        "warm",
+        "cost/step_meter",
+        "desk/serve/command",
+        "desk/bench/command",
+        "desk/compare/command",
+    }
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

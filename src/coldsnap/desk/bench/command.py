@@ -88,9 +88,7 @@ class Plan:
             raise BenchError(f"--api: expected one of {', '.join(APIS)}, found {api!r:.40}")
         if api == "native" and address.openai:
             raise BenchError(f"--api native: {options.url} takes OpenAI requests; native jobs go to …/v2/<endpoint>")
-        key = options.key or (environ.get("RUNPOD_API_KEY") if address.jobs else None)
-        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
-            raise BenchError("--key: expected printable ASCII characters without spaces around them")
+        key = key_for(address, options.key, environ)
         trace = Path(options.trace) if options.trace else None
         if trace is None and options.rate is None and options.concurrency is None:
             raise BenchError(
@@ -166,6 +164,14 @@ class Plan:
             "first_answer_seconds": first_answer_seconds,
             "prompts": "token ids" if exact else "words",
         }
+
+
+def key_for(address: Address, key: str | None, environ: Mapping[str, str]) -> str | None:
+    """Return the API key to send: the one that was given, else the platform's to a platform's address."""
+    key = key or (environ.get("RUNPOD_API_KEY") if address.jobs else None)
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
+        raise BenchError("--key: expected printable ASCII characters without spaces around them")
+    return key
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,7 +10,11 @@ from coldsnap.desk.bench.prompts import Prompt
 
 Api = Literal["native", "completions", "chat"]
 APIS: tuple[Api, ...] = ("native", "completions", "chat")
-ROUTES: Mapping[Api, str] = {"completions": "completions", "chat": "chat/completions"}
+
+
+def route(body: Mapping[str, Any]) -> str:
+    """Return the OpenAI route that takes a body."""
+    return "chat/completions" if "messages" in body else "completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +47,4 @@ class Dialect:
         """Return a job's input for a body."""
         if self.api == "native":
             return body
-        return {"openai_route": f"/v1/{ROUTES[self.api]}", "openai_input": body}
+        return {"openai_route": f"/v1/{route(body)}", "openai_input": body}

@@ -21,7 +21,7 @@ import aiohttp
 import orjson
 
 from coldsnap.desk.bench.answer import Answer, Events, Failed, failure
-from coldsnap.desk.bench.dialect import ROUTES, Api, Dialect
+from coldsnap.desk.bench.dialect import Api, Dialect, route
 from coldsnap.errors import BenchError
 
 _KEEP_SECONDS = 4.0
@@ -108,22 +108,29 @@ class Endpoint:
     async def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, none where there is no such route."""
         body: dict[str, Any] = {"prompt": text, "add_special_tokens": False}
+        if self.address.jobs is None and self.dialect.model is not None:
+            body["model"] = self.dialect.model
         with contextlib.suppress(Failed):
-            if self.address.jobs is not None:
-                job = {"input": {"route": "/tokenize", "method": "POST", "body": body}}
-                answer = (await self._call("POST", f"{self.address.jobs}/runsync", job)).get("output")
-                answer = answer[0] if isinstance(answer, list) and answer else answer
-            else:
-                body |= {} if self.dialect.model is None else {"model": self.dialect.model}
-                answer = await self._call("POST", f"{(self.address.openai or '').removesuffix('/v1')}/tokenize", body)
+            answer = await self.call("/tokenize", body)
             tokens = answer.get("tokens") if isinstance(answer, dict) else None
             if isinstance(tokens, list) and all(type(each) is int for each in tokens):
                 return tokens
         return []
 
+    async def call(self, path: str, body: dict[str, Any]) -> Any:
+        """POST to any route of the server, as a job where the endpoint takes jobs. Raises `Failed`."""
+        if self.address.jobs is None:
+            return await self._call("POST", f"{(self.address.openai or '').removesuffix('/v1')}{path}", body)
+        job = {"input": {"route": path, "method": "POST", "body": body}}
+        ended = await self._call("POST", f"{self.address.jobs}/runsync", job)
+        if ended.get("error"):
+            raise failure(ended["error"])
+        answer = ended.get("output")
+        return answer[0] if isinstance(answer, list) and answer else answer
+
     async def ask(self, body: dict[str, Any], answer: Answer) -> None:
         """Send a request and read its answer to the end. Raises `Failed`."""
-        url = f"{self.address.openai}/{ROUTES[self.dialect.api]}"
+        url = f"{self.address.openai}/{route(body)}"
         with foreign():
             async with self._http.post(url, data=orjson.dumps(body)) as response:
                 if response.status != HTTPStatus.OK:
