@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test faults hostile real real-check families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test test-image faults hostile real real-check families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -26,6 +26,10 @@ test: ## set up .venv and run the tests
 	@scripts/setup.sh bake
 	@$(py) -m pytest -q
 	@HANDLER=tests/engine/asynchronous.py $(py) -m pytest -q tests/engine/test_ledger.py tests/engine/test_cancel.py tests/engine/test_openai.py
+
+test-image: ## run the tests on the real engine once more, on workers restored from a process image
+	@scripts/setup.sh test
+	@HANDLER=tests/engine/restored.py $(py) -m pytest -q tests/engine
 
 faults: ## break what can break; write docs/reliability.md
 	@scripts/setup.sh test

@@ -21,4 +21,4 @@ message = {"role": "user", "content": sys.argv[1]}
 print(json.dumps({"input": {"messages": [message], "sampling_params": {"max_tokens": 256}, "stream": True}}))' "$question")
 fi
 # A process of its own: a cold start counts from the kernel's start of the process, and this one has set things up.
-.venv/bin/python handler.py --test_input "$job"
+./coldsnap-start --test_input "$job"

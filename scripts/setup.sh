@@ -33,7 +33,21 @@ intact() {
 within() { ! grep -qvxFf <(echo "$2") <<<"$1"; } # is each line of $1 one of $2?
 ready() { intact && within "$wanted" "$(cat $stamp)"; }
 
-if ready; then exit 0; fi
+# The programs of the process image (docs/process-image.md). Without a compiler every boot imports, as it would anyway.
+build_image_programs() {
+    local programs=build/image sources=src/coldsnap/image
+    [ $env = .venv ] && [ $device = cpu ] && [ -d $sources ] || return 0 # an image's build has no sources yet
+    if [ -x $programs/restore ] && [ -z "$(find $sources -name '*.[ch]' -newer $programs/snap.so)" ]; then return 0; fi
+    mkdir -p $programs
+    command -v "${CC:-cc}" >/dev/null || {
+        [ -e $programs/none ] || echo "coldsnap: no C compiler (apt install gcc libc6-dev): no process image, each boot imports vLLM" >&2
+        touch $programs/none
+        return 0
+    }
+    $sources/build.sh $programs || { rm -f $programs/restore; echo "coldsnap: no process image, each boot imports vLLM" >&2; }
+}
+
+if ready; then build_image_programs; exit 0; fi
 
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || version=missing
 case $version in
@@ -53,7 +67,7 @@ fi
 mkdir -p .tools
 exec 9>.tools/lock # two `make` at once: the second one waits, then finds the work done
 flock 9
-if ready; then exit 0; fi
+if ready; then build_image_programs; exit 0; fi
 started=$SECONDS
 
 # A demo environment grows into a test one; any other difference means a new one.
@@ -94,5 +108,6 @@ if [ $env = .venv ] && [ "${1:-demo}" != image ]; then
 fi
 
 $env/bin/python -m compileall -q src builder handler.py >/dev/null || true # a syntax error is for the checks to tell
+build_image_programs
 echo "$wanted" >$stamp
 echo "coldsnap: $env is ready ($((SECONDS - started)) s)" >&2

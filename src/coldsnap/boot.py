@@ -23,6 +23,7 @@ from coldsnap.caches.boot_caches import OFF, Cached, Caches
 from coldsnap.engine import Engine
 from coldsnap.errors import BootError
 from coldsnap.foundation import memory
+from coldsnap.image import arrival
 from coldsnap.records.schema import ColdStart, origin
 from coldsnap.settings import Settings
 from coldsnap.snapshot import sources
@@ -75,6 +76,8 @@ class Booted:
             limits=info.limits,
             max_concurrency=self.settings.max_concurrency,
             degraded=patches.degraded(),
+            image="restored" if arrival.is_restored() else "plain",
+            image_because=self.settings.image_refused,
         )
 
     def bundle(self) -> dict[str, Any] | None:
@@ -97,11 +100,11 @@ def boot(
     `beside_engine` names work to run in a thread while the engine's process starts up. Raises `BootError`
     with one sentence; then nothing has been served and no process is left.
     """
-    search = sources.search(settings, environ, _warn)
+    others = Settings.others(environ)
+    search = prepare(settings, environ)
     manifest = search.manifest
     supply_future: Future[Supply] = Future()
     finding = _beside(lambda: supply_future.set_result(search.finish()), "snapshot")
-    others = Settings.others(environ)
     needs: dict[str, Any] = {
         "weights": manifest.size if manifest else 0,
         "gpu": not vllm_release.is_cpu_build(),
@@ -111,12 +114,10 @@ def boot(
     fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
     if needs["gpu"] and (advice := fitness.no_compiler(environ)):
         _warn(advice)
-    for_vllm = vllm_release.environment(environ, manifest.engine_args if manifest else {})
-    environ.update(for_vllm | _offline(settings, offline=search.offline))
     shared = _caches(settings, environ, search)
     timeline.mark("settings")
 
-    vllm_start.load(environ)
+    _import(environ)
     timeline.mark("import_vllm")
     timeline.beside["fitness"] = fit.result()
     finding.result()  # raises what went wrong
@@ -170,6 +171,24 @@ def boot(
     if supply.weights is not None:
         supply = _verified(supply, supply.weights, engine, timeline)
     return Booted(engine, settings, timeline, manifest, supply, shared, cached)
+
+
+def prepare(settings: Settings, environ: MutableMapping[str, str]) -> sources.Search:
+    """Look for what is to be served, and set what vLLM should find in its environment as it is imported.
+
+    A process that was restored with an import in another environment ends here, and begins again plainly.
+    """
+    search = sources.search(settings, environ, _warn)
+    for_vllm = vllm_release.environment(environ, search.manifest.engine_args if search.manifest else {})
+    environ.update(for_vllm | _offline(settings, offline=search.offline))
+    arrival.settle(environ, required=settings.process_image == "require")
+    return search
+
+
+def _import(environ: Mapping[str, str]) -> None:
+    vllm_start.load(environ)
+    if arrival.is_restored():
+        vllm_start.set_log_level(environ)
 
 
 def _verified(supply: Supply, weights: WeightsCheck, engine: Engine, timeline: Timeline) -> Supply:

@@ -65,6 +65,10 @@ class EngineBootError(BootError):
     """vLLM refused the model or its arguments."""
 
 
+class ImageError(BootError):
+    """A process image was not made, or was refused where it is required; the message says why. A boot goes without."""
+
+
 class S3Error(ColdsnapError):
     """A bucket could not be read or written; the message names the object. `missing` if there is no such object."""
 

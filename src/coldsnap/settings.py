@@ -101,6 +101,11 @@ class Settings(BaseModel):
         alias="CACHE_URI",
         description="Folder or `s3://bucket/prefix` of compile caches that workers share; `off`. Default: the volume.",
     )
+    process_image: Literal["off", "auto", "require"] = Field(
+        "auto",
+        alias="PROCESS_IMAGE",
+        description="`coldsnap-start` restores the imported process from its image; `require`: or ends. Never on GPUs.",
+    )
     allow_hub: bool = Field(
         False,
         alias="ALLOW_HUB",
@@ -221,6 +226,7 @@ class Settings(BaseModel):
     worker_id: str = Field(_LOCAL_WORKER, alias="RUNPOD_POD_ID", description="Set by the platform.")
     endpoint_id: str = Field(_LOCAL_WORKER, alias="RUNPOD_ENDPOINT_ID", description="Set by the platform.")
     job_url: str | None = Field(None, alias="RUNPOD_WEBHOOK_GET_JOB", repr=False, description="Set by the platform.")
+    image_refused: str | None = Field(None, alias="COLDSNAP_IMAGE_REFUSED", description="Set by `coldsnap-start`.")
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -252,7 +258,7 @@ class Settings(BaseModel):
         """Return the settings as the Markdown table that the README shows."""
         rows = ["| variable | default | what it does |", "|---|---|---|"]
         for field in cls.model_fields.values():
-            if field.description == "Set by the platform.":
+            if (field.description or "").startswith("Set by "):
                 continue
             name, *aliases = reversed(_variables(field))
             also = f" (also `{aliases[0]}`)" if aliases else ""

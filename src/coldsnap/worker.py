@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import importlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from coldsnap.boot import Booted, boot
 from coldsnap.caches.boot_caches import BundleMaker
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
 from coldsnap.foundation.background import Background
+from coldsnap.image import later
+from coldsnap.image.later import Later
 from coldsnap.jobs import dispatch, post
 from coldsnap.jobs.egress import Egress
 from coldsnap.jobs.job import Jobs
@@ -26,8 +29,9 @@ from coldsnap.life import TICK_SECONDS, Life
 from coldsnap.records.metrics import Metrics, Push
 from coldsnap.records.sink import Sink
 from coldsnap.records.upload import Upload
-from coldsnap.settings import Settings
+from coldsnap.settings import ROOT, Settings
 from coldsnap.timeline import Timeline
+from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm import start as vllm_start
 
 _SDK_ENVIRONMENT: Mapping[str, str] = {
@@ -43,23 +47,25 @@ _LAST_SENDS_SECONDS = 10.0
 """For the last records of a worker that ends; what is not uploaded by then stays on disk."""
 
 
-def main(start: Callable[..., Booted] = boot) -> int:
-    """Run the worker; return its exit code: 0 after a drain, 1 after an error. `start` boots it."""
-    timeline = Timeline()
-    timeline.mark("python")
+def main(start: Callable[..., Booted] = boot, *, timeline: Timeline | None = None) -> int:
+    """Run the worker; return its exit code: 0 after a drain, 1 after an error. `start` boots it.
+
+    A `timeline` comes from a process that was restored and has phases of its own behind it.
+    """
+    if timeline is None:
+        timeline = Timeline()
+        timeline.mark("python")
+    given = dict(os.environ)
     try:
         settings = Settings.read(os.environ)
         test_input = local.test_input(sys.argv, on_platform=settings.on_platform)
-        for name, value in _SDK_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if test_input is not None:
-            os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        prepare(os.environ, local=test_input is not None)
         processes.remove_left_behind(Path(tempfile.gettempdir()))
         booted = start(
             settings,
             timeline,
             os.environ,
-            beside_engine={"import_sdk": _import_sdk, "import_http": vllm_start.load_http},
+            beside_engine={"import_sdk": import_sdk, "import_http": vllm_start.load_http},
         )
     except BootError as error:
         _say(error.message)
@@ -68,8 +74,8 @@ def main(start: Callable[..., Booted] = boot) -> int:
         return 1
     try:
         if test_input is None:
-            return _Worker(booted).serve()
-        return _run_local(booted, test_input)
+            return _Worker(booted, given).serve()
+        return _run_local(booted, test_input, given)
     except BootError as error:  # of the warm-up, in the loop that would have run the jobs
         _say(error.message)
         return 1
@@ -80,7 +86,7 @@ def main(start: Callable[..., Booted] = boot) -> int:
 class _Worker:
     """Serves the platform's jobs on a booted engine. It is the `dispatch.Worker` of the SDK's scaler."""
 
-    def __init__(self, booted: Booted) -> None:
+    def __init__(self, booted: Booted, given: Mapping[str, str] | None = None) -> None:
         self.concurrency = _concurrency(booted)
         self.drain_seconds = booted.settings.drain_seconds
         self._booted = booted
@@ -92,6 +98,10 @@ class _Worker:
         self._sink.watchers.append(self._metrics.see)
         self._senders = _senders(booted.settings, self._sink, self._jobs)
         self._senders += _bundle_maker(booted, self._sink, self._jobs)
+        if given is not None and _wants_image(booted.settings):
+            tally, jobs = self._sink.tally, self._jobs
+            make = functools.partial(_make_image, given)
+            self._senders.append(Later(make, busy=lambda: jobs.running, served=lambda: tally.requests))
         self.handle_job: Callable[[Any, Any, dict[str, Any]], Awaitable[None]]
         self._dead: ColdsnapError | None = None
         self._scaler: Any = None
@@ -217,7 +227,22 @@ def _bundle_maker(booted: Booted, sink: Sink, jobs: Jobs) -> list[Background]:
     ]
 
 
-def _run_local(booted: Booted, test_input: str) -> int:
+def _wants_image(settings: Settings) -> bool:
+    """Whether `coldsnap-start` would have restored this process, had there been an image that fits."""
+    return settings.image_refused is not None and settings.process_image == "auto" and vllm_release.is_cpu_build()
+
+
+def _make_image(given: Mapping[str, str]) -> None:
+    """Have the image made that a boot in the environment `given` can use."""
+    folder = ROOT / "build" / "image"
+    program = "import sys; sys.path.insert(0, sys.argv[1]); from coldsnap import make_image; make_image.command()"
+    try:
+        later.start([sys.executable, "-P", "-c", program, str(ROOT / "src")], given, folder)
+    except OSError as error:
+        _say(f"no process image is made: {folder}: {error.strerror}")
+
+
+def _run_local(booted: Booted, test_input: str, given: Mapping[str, str]) -> int:
     """Run one job through the SDK's local mode, showing it on the terminal; return the exit code."""
     import runpod
 
@@ -267,10 +292,21 @@ def _run_local(booted: Booted, test_input: str) -> int:
         booted.engine.close()
         life.end()
         view.last(records)
+        if _wants_image(booted.settings):
+            _make_image(given)
     return 0
 
 
-def _import_sdk() -> None:
+def prepare(environ: MutableMapping[str, str], *, local: bool) -> None:
+    """Set what the SDK, and what vLLM of a `local` job, should find in their environment as they are imported."""
+    for name, value in _SDK_ENVIRONMENT.items():
+        environ.setdefault(name, value)
+    if local:
+        environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def import_sdk() -> None:
+    """Import the SDK, without its look at the processor, which takes two processes and 0.4 s."""
     cpuinfo: Any = importlib.import_module("cpuinfo")
     ask = cpuinfo.get_cpu_info
     if patches.allowed("processor_name"):

@@ -32,7 +32,7 @@ import json, sys
 import cpuinfo
 before = cpuinfo.get_cpu_info
 from coldsnap import worker
-worker._import_sdk()
+worker.import_sdk()
 from runpod.serverless.utils import rp_debugger
 print(json.dumps({"as before": cpuinfo.get_cpu_info is before, "processor": rp_debugger.PROCESSOR}))
 """

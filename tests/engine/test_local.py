@@ -24,7 +24,7 @@ def shape(line: str) -> str:
 async def test_the_command_of_make_demo_prints_what_the_readme_shows_from_any_folder(
     home: Path, tmp_path: Path
 ) -> None:
-    assert '$(py) handler.py --test_input "$$(cat test_input.json)"' in (ROOT / "Makefile").read_text("utf-8")
+    assert 'coldsnap-start --test_input "$job"' in (ROOT / "scripts" / "demo.sh").read_text("utf-8")
     job = (ROOT / "test_input.json").read_text("utf-8")
     (question,) = [message["content"] for message in json.loads(job)["input"]["messages"]]
     ended = await run_handler("--test_input", job.rstrip("\n"), home=home, cwd=tmp_path)

@@ -124,6 +124,7 @@ BORDERS = {"errors", "engine", "settings", "timeline", "processes", "patches"}
 """What every room may import of the ground floor. The rest of it is a worker's life, which no room knows."""
 ARROWS: Mapping[str, set[str]] = {
     "foundation": set(),
+    "image": {"foundation"},
     "cost": {"foundation"},
     "records": {"foundation", "cost"},
     "snapshot": {"foundation", "records"},
@@ -193,9 +194,11 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names})
     }
+    # image and make_image write down or replace the environment of the process that they work on
+    own = {"image/arrival", "image/noting", "make_image"}
     # worker and warm hand os.environ to Settings.read and to the boot, desk/serve to the workers that it starts;
     # step_meter runs in a process that vLLM starts; desk/bench and desk/compare look for an endpoint's key
-    assert found == {
+    assert found - own == {
         "worker",
         "warm",
         "cost/step_meter",
@@ -203,6 +206,7 @@ def test_only_the_process_entry_touches_the_environment() -> None:
         "desk/bench/command",
         "desk/compare/command",
     }
+    assert own < found
 
 
 def test_nothing_that_serves_depends_on_the_doubles() -> None:

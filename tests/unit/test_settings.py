@@ -20,6 +20,7 @@ NAMES = {
     "SNAPSHOT_CACHE": "/cache",
     "SNAPSHOT_VERIFY": "size",
     "CACHE_URI": "s3://bucket/caches",
+    "PROCESS_IMAGE": "require",
     "ALLOW_HUB": "true",
     "SERVED_MODEL_NAME": "a, b",
     "MAX_CONCURRENCY": "7",
@@ -42,11 +43,14 @@ NAMES = {
     "RUNPOD_POD_ID": "pod",
     "RUNPOD_ENDPOINT_ID": "endpoint",
     "RUNPOD_WEBHOOK_GET_JOB": "https://api.example/key",
+    "COLDSNAP_IMAGE_REFUSED": "there is none",
 }
 
 
 def test_every_variable_is_read() -> None:
     assert Settings.read(NAMES).model_dump() == {
+        "process_image": "require",
+        "image_refused": "there is none",
         "snapshot_dir": Path("/s"),
         "model_name": "org/model",
         "snapshot_s3_uri": {"bucket": "bucket", "prefix": "prefix/"},
@@ -247,7 +251,7 @@ def test_caches_are_shared_where_it_is_said_by_default_on_the_volume_if_there_is
 def test_the_table_has_a_row_for_every_setting_of_the_user() -> None:
     rows = Settings.table().splitlines()
     assert rows[:2] == ["| variable | default | what it does |", "|---|---|---|"]
-    users = [name for name in NAMES if not name.startswith("RUNPOD_")]
+    users = [name for name in NAMES if not name.startswith(("RUNPOD_", "COLDSNAP_IMAGE_"))]
     assert [row.split("`")[1] for row in rows[2:]] == users
     assert "(also `OPENAI_SERVED_MODEL_NAME_OVERRIDE`)" in rows[2 + users.index("SERVED_MODEL_NAME")]
     assert all(row.count("|") == 4 for row in rows)

@@ -62,6 +62,8 @@ class ColdStart(Record):
     found, missing, `refused` because it is damaged or another's, `late`, `failed` or not asked for; `cache_because`.
     `degraded` names the patches of vLLM and the SDK that were left out, because the installed release is not one that
     they were tried with: all is served, slower, or by estimated costs.
+    `image` is `restored` if the process came out of a process image with everything imported, else `image_because`
+    says why that was not used, if one was tried.
     A `revived` worker went through none: its process was frozen, suspended or restored (`revival`) and was away
     for `away_seconds`, which its books leave out.
     """
@@ -89,6 +91,8 @@ class ColdStart(Record):
     limits: Limits | None = None
     max_concurrency: int | None = None
     degraded: list[str] = Field(default_factory=list)
+    image: Literal["restored", "plain"] = "plain"
+    image_because: str | None = None
 
 
 class Request(Record):

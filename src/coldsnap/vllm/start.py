@@ -54,6 +54,14 @@ def load(environ: Mapping[str, str]) -> None:
         importlib.import_module(moved.parser_module())
 
 
+def set_log_level(environ: Mapping[str, str]) -> None:
+    """Give vLLM's logger the level that an import in `environ` would have given it."""
+    if level := environ.get("VLLM_LOGGING_LEVEL"):
+        logger = logging.getLogger("vllm")
+        for each in (logger.setLevel, *(handler.setLevel for handler in logger.handlers)):
+            each(level.upper())
+
+
 def inspect_models(architectures: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Have vLLM look at these classes and cache what it finds, as the first boot would; return those it knows."""
     load(environ)
