@@ -113,6 +113,10 @@ NATIVE: dict[str, tuple[object, str]] = {
         sampling(structured_outputs={"json": {"$ref": "#"}}),
         r"sampling_params\.structured_outputs: ",
     ),
+    "a schema that the engine's grammars cannot follow": (
+        sampling(structured_outputs={"json": {"type": "integer", "multipleOf": 5}}),
+        r"^sampling_params\.structured_outputs: .*needs the guidance backend and the engine has xgrammar",
+    ),
     "a repetition that is none": (
         sampling(repetition_detection={"max_pattern_size": -1}),
         "^sampling_params: max_pattern_size, ",
@@ -294,6 +298,13 @@ OPENAI: dict[str, tuple[object, int, str, str]] = {
         "MethodNotAllowedError",
         "/tokenize: expected POST",
     ),
+    "a GET of a route that is posted to": (
+        {"openai_route": "/v1/chat/completions", "openai_input": {}},
+        405,
+        "MethodNotAllowedError",
+        "GET /v1/chat/completions: expected POST",
+    ),
+    "a GET of a generic route": ({"route": "/tokenize"}, 405, "MethodNotAllowedError", "/tokenize: expected POST"),
     "a method that is a number": ({"route": "/tokenize", "method": 5}, 400, "BadRequestError", "^method: expected"),
     "an unknown field": ({"route": "/v1/models", "headers": {}}, 400, "BadRequestError", "^headers: unknown field"),
 }

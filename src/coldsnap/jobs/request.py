@@ -113,8 +113,8 @@ def _parse_http(content: dict[str, Any], names: tuple[str, ...], models: tuple[s
         _check_values({body_name: body})
     if body is not None and not isinstance(body, dict):
         raise InvalidInput(f"{body_name}: expected an object, found {_kind(body)}", param=body_name)
-    # Without a body: the platform sends a GET and an empty POST alike.
-    method = _typed(content, "method", str, "POST" if body is not None else routes.method(path)).upper()
+    default = "POST" if body is not None else routes.method_without_body(path)
+    method = _typed(content, "method", str, default).upper()
     routes.check(path, method)
     try:
         data = b"" if body is None else orjson.dumps(body)

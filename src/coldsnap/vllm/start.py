@@ -23,7 +23,7 @@ import orjson
 from coldsnap import patches
 from coldsnap.cost import step_meter
 from coldsnap.engine import EngineInfo, Limits
-from coldsnap.errors import EngineBootError, SettingsError
+from coldsnap.errors import EngineBootError, InvalidInput, SettingsError
 from coldsnap.vllm import arguments, grammar, moved, remembered, translation
 from coldsnap.vllm import release as vllm_release
 from coldsnap.vllm.calls import MeteredLLM
@@ -228,6 +228,12 @@ def follow_grammars(config: Any) -> Callable[[Any], None]:
     def attempt(constraint: Any) -> None:
         sampling = SamplingParams(structured_outputs=constraint)
         sampling.verify(config.model_config, None, config.structured_outputs_config, tokenizer)
+        backend, needed = structured._backend, sampling.structured_outputs._backend  # noqa: SLF001 -- the same
+        if needed != backend:  # the engine keeps the first for ever, and would not follow all that is asked
+            raise InvalidInput(
+                f"a grammar of this kind needs the {needed} backend and the engine has {backend}; send a simpler one, "
+                f"""or set STRUCTURED_OUTPUTS_CONFIG='{{"backend": "{needed}"}}' for this worker"""
+            )
         wanted = StructuredOutputRequest.from_sampling_params(sampling)
         manager.grammar_init(
             SimpleNamespace(request_id="trial", sampling_params=sampling, structured_output_request=wanted)
@@ -236,6 +242,10 @@ def follow_grammars(config: Any) -> Callable[[Any], None]:
             raise wanted.grammar
         grammar.follow(wanted.grammar, manager.backend.allocate_token_bitmask(1))
 
+    structured = StructuredOutputsParams(regex="a")
+    SamplingParams(structured_outputs=structured).verify(
+        config.model_config, None, config.structured_outputs_config, tokenizer
+    )  # chooses the backend
     attempt(StructuredOutputsParams(regex="a"))  # makes the tables of the tokenizer, for all that follow
     return attempt
 
