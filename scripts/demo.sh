@@ -17,8 +17,8 @@ fi
 job=$(cat test_input.json)
 if [ -n "$question" ]; then
     job=$(.venv/bin/python -c 'import json, sys
-message = {"role": "user", "content": sys.argv[1]}
-print(json.dumps({"input": {"messages": [message], "sampling_params": {"max_tokens": 256}, "stream": True}}))' "$question")
+messages, sampling = [{"role": "user", "content": sys.argv[1]}], {"temperature": 0, "max_tokens": 256}
+print(json.dumps({"input": {"messages": messages, "sampling_params": sampling, "stream": True}}))' "$question")
 fi
 # A process of its own: a cold start counts from the kernel's start of the process, and this one has set things up.
 ./coldsnap-start --test_input "$job"

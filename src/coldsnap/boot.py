@@ -80,6 +80,12 @@ class Booted:
             image_because=self.settings.image_refused,
         )
 
+    def advise(self) -> None:
+        """Say what is served here with doubtful results."""
+        scheme = self.manifest.quantization.scheme if self.manifest else "none"
+        if advice := fitness.cut_off_products(scheme, gpu=not vllm_release.is_cpu_build()):
+            _warn(advice)
+
     def bundle(self) -> dict[str, Any] | None:
         """Return the bundle that should be made of the caches now, None if there is nothing to make; see `caches`."""
         if self.caches is None:
@@ -109,9 +115,10 @@ def boot(
         "weights": manifest.size if manifest else 0,
         "gpu": not vllm_release.is_cpu_build(),
         "gpus": _gpus(others, manifest.engine_args if manifest else {}),
+        "scratch": Path(tempfile.gettempdir()),
+        "any_driver": vllm_release.moves_libraries(environ),
     }
-    compatible = vllm_release.moves_libraries(environ)
-    fit = _beside(lambda: fitness.check(**needs, scratch=Path(tempfile.gettempdir()), any_driver=compatible), "fitness")
+    fit = _beside(lambda: fitness.check(**needs), "fitness")
     if needs["gpu"] and (advice := fitness.no_compiler(environ)):
         _warn(advice)
     shared = _caches(settings, environ, search)

@@ -26,6 +26,8 @@ _LEAST_SHARED = 256 << 20
 _LEAST_FILES, _WISHED_FILES = 1024, 65_535
 """Open files: a socket for each job's posts and requests. vLLM's server asks for the larger number too."""
 _GIGA = 1e9
+_VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
+"""The kernel's names for instructions that add 8-bit products in 32 bits."""
 _COMPILERS = ("cc", "gcc", "clang")
 """What Triton and FlashInfer call, if `CC` names none."""
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
@@ -68,6 +70,19 @@ def no_compiler(environ: Mapping[str, str]) -> str | None:
     return (
         f"this machine has no C compiler ({', '.join(_COMPILERS)} or CC): the engine does not start unless the caches "
         "hold all its kernels; install gcc, or use the image"
+    )
+
+
+def cut_off_products(scheme: str, *, gpu: bool, proc: Path = Path("/proc")) -> str | None:
+    """Return what to do where a processor's 8-bit products are wrong, None where they are right.
+
+    Without VNNI oneDNN adds two products in 16 bits, which saturate; a manifest's quality was measured without them.
+    """
+    if gpu or scheme != "w8a8" or _VNNI & set((proc / "cpuinfo").read_text().split()):
+        return None
+    return (
+        f"the snapshot is {scheme} and this processor has no VNNI: sums of 8-bit products are cut off at 16 bits, and "
+        "answers can be wrong; bake --scheme none or w4a16 for it, or use a newer processor"
     )
 
 

@@ -152,6 +152,7 @@ class _Worker:
         self._booted.timeline.mark("sdk")
         await self._booted.engine.warm_up()
         self._booted.timeline.mark("warm_up")
+        self._booted.advise()
         # What is alive by now stays. Looking through it again and again took a tenth of a busy front end, and 60 ms
         # at a time in which no stream moved.
         gc.freeze()
@@ -272,6 +273,7 @@ def _run_local(booted: Booted, test_input: str, given: Mapping[str, str]) -> int
             failed.append(error)
             raise SystemExit(1) from error  # an exception would be the job's, with a traceback
         booted.timeline.mark("warm_up")
+        booted.advise()
         cold_start = life.ready()
         view.begin(job)
         watch = asyncio.create_task(watched())

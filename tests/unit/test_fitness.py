@@ -149,3 +149,17 @@ def test_it_imports_no_torch() -> None:
     environ = {"PYTHONPATH": str(ROOT / "src")}
     ended = subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True, text=True)
     assert ended.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni", "amx_int8"])
+def test_a_processor_that_cuts_8_bit_products_off_is_told_for_snapshots_that_have_some(
+    tmp_path: Path, flag: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2\n")
+    advice = fitness.cut_off_products("w8a8", gpu=False, proc=tmp_path)
+    assert advice is not None
+    assert "bake --scheme none or w4a16" in advice
+    assert fitness.cut_off_products("w8a8", gpu=True, proc=tmp_path) is None
+    assert fitness.cut_off_products("w4a16", gpu=False, proc=tmp_path) is None
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu avx2 {flag}\n")
+    assert fitness.cut_off_products("w8a8", gpu=False, proc=tmp_path) is None
