@@ -2,6 +2,9 @@
 
     python bench/faults.py                # all rows; writes docs/reliability.md
     python bench/faults.py --rows engine  # those whose test has this in its name
+    python bench/faults.py --new          # those that have never been run
+
+Where a fault lasts minutes the row runs it whole; in `make test` the same test takes seconds (FAULTS=1 tells them).
 
 A row is a test of `make test`: the table says what each means to a user, the run what became of it.
 A row that has never been run is not written; what earlier runs found is kept in bench/results/faults.json.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +40,7 @@ class Row:
 
 _LIFE = "tests/engine/test_lifecycle.py::test_"
 _SLOW = "tests/engine/test_slow_platform.py::test_"
+_FAULTS = "tests/engine/test_faults.py::test_"
 _CANCEL = "tests/engine/test_cancel.py::test_"
 _EGRESS = "tests/loopback/jobs/test_egress.py::test_"
 _PLANE = "tests/loopback/desk/test_control_plane.py::test_"
@@ -99,6 +104,12 @@ PARTS: dict[str, tuple[Row, ...]] = {
             _LIFE + "a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_word",
         ),
         Row(
+            "more jobs than the engine runs",
+            "the worker takes MAX_QUEUE more; 429 after MAX_QUEUE_SECONDS",
+            "tests/engine/test_overload.py::"
+            "test_a_worker_takes_max_queue_jobs_beyond_the_engine_s_and_none_waits_past_max_queue_seconds",
+        ),
+        Row(
             "a worker killed under a thousand jobs",
             "each ends once",
             "tests/engine/test_serve.py::test_of_a_thousand_jobs_none_is_lost_or_ends_twice_when_a_worker_is_killed",
@@ -125,6 +136,16 @@ PARTS: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "The control plane": (
+        Row(
+            "gone for 2 minutes, streams running",
+            "every stream equals the engine's text, once; jobs are taken again",
+            _FAULTS + "a_platform_that_is_gone_for_a_while_loses_and_doubles_nothing",
+        ),
+        Row(
+            "30 s for every POST",
+            "the same",
+            _FAULTS + "a_platform_that_answers_slowly_gets_all_of_every_stream_once",
+        ),
         Row(
             "one 403, 404, 408, 429, 500, 503 or hang-up on a chunk",
             "offered again before the next",
@@ -243,12 +264,27 @@ PARTS: dict[str, tuple[Row, ...]] = {
         Row("a stranger asks for jobs", "401", _PLANE + "a_worker_that_has_not_its_own_key_gets_and_gives_nothing"),
         Row("a foreign Host header", "421", _PLANE + "a_request_under_another_name_is_refused"),
         Row("a queue that is full", "429", _SERVE + "a_full_queue_takes_no_more"),
+        Row(
+            "MAX_QUEUE and MAX_QUEUE_SECONDS",
+            "429 at once, or after the wait",
+            _SERVE + "who_waits_too_long_or_is_one_too_many_gets_429_from_serve",
+        ),
+        Row(
+            "the disk of the state full",
+            "jobs are refused with an error, and taken once there is room; none is lost",
+            _FAULTS + "a_full_disk_of_the_state_refuses_jobs_and_takes_them_again",
+        ),
     ),
     "Ledger and metrics": (
         Row(
             "a ledger that cannot be written",
             "records on stdout, said once, the worker serves on",
             "tests/unit/records/test_records.py::TestUnwritable::test_it_is_said_once_and_counted_and_the_worker_serves_on",
+        ),
+        Row(
+            "the ledger's disk full",
+            "records on stdout, said once, answers as ever, written again once there is room",
+            _FAULTS + "a_full_disk_of_the_ledger_costs_records_there_and_nothing_else",
         ),
         Row(
             "a ledger moved away",
@@ -341,9 +377,13 @@ def main() -> int:
     """Run the rows, keep what became of them, write the page; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", metavar="PART", help="only rows with this in their test's name")
-    wanted = [row for rows in PARTS.values() for row in rows if parser.parse_args().rows in row.test]
+    parser.add_argument("--new", action="store_true", help="only rows that have never been run")
+    given = parser.parse_args()
+    before = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    every = [row for rows in PARTS.values() for row in rows if given.rows in row.test]
+    wanted = [row for row in every if not (given.new and row.test in before)]
     ran = _run(wanted)
-    known = (json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}) | ran
+    known = before | ran
     kept = {row.test: known[row.test] for rows in PARTS.values() for row in rows if row.test in known}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     PAGE.write_text(page(kept), "utf-8")
@@ -356,7 +396,7 @@ def _run(rows: list[Row]) -> dict[str, dict[str, object]]:
     """Return what became of each row's cases: how many, whether all passed, how long they took."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report.name}", *(row.test for row in rows)]
-        subprocess.run(command, cwd=ROOT, check=False)
+        subprocess.run(command, cwd=ROOT, check=False, env=os.environ | {"FAULTS": "1"})
         cases = defaultdict(list)
         for case in ET.parse(report.name).iter("testcase"):
             name = f"{case.get('classname', '')}.{case.get('name', '').partition('[')[0]}"
