@@ -4,8 +4,9 @@
 
 Both boot in turn on the same snapshot, from the same environment, each in a process group of its own. Ours is
 ready when it asks the control plane for jobs; one is waiting, and the time to its first chunk is taken too. The
-server is ready when /health answers; it is then sent the same prompt. Evicting is `posix_fadvise(DONTNEED)` over
-the snapshot and the virtual environment.
+server is ready when /health answers; it is then sent the same prompt. `restored` is ours out of a process image that is
+made for this environment first. Evicting is `posix_fadvise(DONTNEED)` over the snapshot, the virtual environment and
+the image.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from coldsnap.settings import Settings  # noqa: E402
 from coldsnap.testing import ControlPlane  # noqa: E402
 
 ENVIRONMENT = Path(sys.prefix)
+RESTORE = ROOT / "build" / "image" / "restore"
+IMAGE = "worker.image"
+"""In the home of these boots."""
 
 
 @dataclass
@@ -60,7 +64,7 @@ def evict(*folders: Path) -> int:
     os.sync()  # what is dirty stays
     size = 0
     for folder in folders:
-        for path in folder.rglob("*"):
+        for path in [folder] if folder.is_file() else folder.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -114,13 +118,18 @@ def stop(process: subprocess.Popen[bytes]) -> float:
 
 async def ours(home: Path, log: Path, **more: str) -> Boot:
     """Boot the worker with one job waiting; `more` are variables for it."""
+    return await booted(home, log, [], more)
+
+
+async def booted(home: Path, log: Path, command: list[str], more: dict[str, str]) -> Boot:
+    """Boot the worker by way of `command`."""
     async with ControlPlane(poll_seconds=30) as plane:
         job = plane.submit(NATIVE)
         folder = Path(tempfile.mkdtemp(prefix="ledger-", dir=home))
         env = base(home) | plane.environment() | {"COLDSNAP_LEDGER_DIR": str(folder)} | more
         with log.open("wb") as out:
             begun = time.monotonic()
-            process = start([sys.executable, str(ROOT / "handler.py")], env, out)
+            process = start([*command, sys.executable, str(ROOT / "handler.py")], env, out)
         try:
             worker = await plane.wait_for_worker(600)
             await job.result(60)
@@ -134,6 +143,24 @@ async def ours(home: Path, log: Path, **more: str) -> Boot:
     boot.record = next(line for line in lines if line["record"] == "cold_start")
     boot.exit = took
     return boot
+
+
+async def restored(home: Path, log: Path) -> Boot:
+    """Restore the worker from the image in `home`; a plain boot does not count."""
+    boot = await booted(home, log, [str(RESTORE), "require", str(home / IMAGE)], {})
+    assert boot.record
+    assert boot.record["image"] == "restored"
+    return boot
+
+
+def make_image(home: Path) -> None:
+    """Make the image for the environment of these boots."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from coldsnap import make_image;"
+        "sys.exit(make_image.command(sys.argv[2:]))"
+    )
+    command = [sys.executable, "-P", "-c", program, str(ROOT / "src"), str(home / IMAGE)]
+    subprocess.run(command, env=base(home), check=True)
 
 
 async def theirs(home: Path, log: Path) -> Boot:
@@ -189,13 +216,17 @@ async def main() -> None:
     folder = Settings.read({}).snapshot()
     assert folder is not None
     await ours(home, home / "first.log")  # fills the home's caches, for both
+    images = RESTORE.exists()
+    if images:
+        make_image(home)
     boots: dict[str, list[Boot]] = {}
     for state in args.states:
         for number in range(args.pairs):
             contenders = [("coldsnap", ours)] + ([] if args.alone else [("vllm", theirs)])
+            contenders += [("restored", restored)] if images else []
             for name, contender in contenders if number % 2 == 0 else contenders[::-1]:
                 if state == "evicted":
-                    evict(folder, ENVIRONMENT)
+                    evict(folder, ENVIRONMENT, *([home / IMAGE] if images else []))
                 boot = await contender(home, home / f"{name}.log")
                 boots.setdefault(f"{name}, {state}", []).append(boot)
                 print(
@@ -221,18 +252,19 @@ def write(out: Path, boots: dict[str, list[Boot]], profile: list[tuple[str, floa
         who, state = name.split(", ")
         server = boots.get(f"vllm, {state}", [])
         ratios = [run.ready / other.ready for run, other in zip(runs, server, strict=False)]
-        ratio = f"{statistics.median(ratios):.3f}" if ratios and who == "coldsnap" else ""
+        ratio = f"{statistics.median(ratios):.3f}" if ratios and who != "vllm" else ""
         every = ", ".join(f"{run.ready:.2f}" for run in runs)
         first, cpu, exits = (statistics.median(getattr(run, field) for run in runs) for field in FIELDS)
         ready = statistics.median(run.ready for run in runs)
         lines.append(f"| {name} | {ready:.2f} s | {every} | {first:.2f} s | {cpu:.1f} s | {exits:.2f} s | {ratio} |")
     lines += ["", "Phases of our boot (median of each, seconds):", ""]
-    states = [name for name in boots if name.startswith("coldsnap")]
+    states = [name for name in boots if not name.startswith("vllm")]
     rows: dict[str, list[str]] = {}
     for name in states:
         records = [run.record for run in boots[name] if run.record]
-        for phase in records[0]["phases"]:
-            rows.setdefault(phase, []).append(f"{statistics.median(r['phases'][phase] for r in records):.2f}")
+        for phase in PHASES:
+            seconds = [r["phases"][phase] for r in records if phase in r["phases"]]
+            rows.setdefault(phase, []).append(f"{statistics.median(seconds):.2f}" if seconds else "")
         worst = max(abs(sum(r["phases"].values()) / r["seconds"] - 1) for r in records)
         assert worst < 0.02, f"the phases miss the total by {worst:.1%}"
     lines += ["| | " + " | ".join(states) + " |", "|---" * (len(states) + 1) + "|"]
@@ -249,6 +281,10 @@ def write(out: Path, boots: dict[str, list[Boot]], profile: list[tuple[str, floa
 
 
 FIELDS = ("first_chunk", "cpu", "exit")
+PHASES = (
+    "python", "restore", "take_over", "settings", "import_vllm", "verify", "cache", "configure", "engine", "import_sdk",
+    "import_http", "verify_weights", "sdk", "warm_up",
+)  # fmt: skip
 
 if __name__ == "__main__":
     asyncio.run(main())

@@ -160,6 +160,8 @@ def command(argv: list[str] | None = None) -> int:
     with (FOLDER / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for part in image.parent.glob(f"{image.name}.*"):  # of a maker that was killed
+                part.unlink()
             make(os.environ, image)
         except BlockingIOError:
             print("coldsnap: a process image is being made already", file=sys.stderr)  # noqa: T201
