@@ -178,8 +178,7 @@ def ask(buildah: Buildah) -> None:
 def _compiled_anew(buildah: Buildah, container: str) -> list[str]:
     """Return the sources that a boot has to compile, because the image holds no bytecode that fits them."""
     code = (
-        "import os, coldsnap.worker, runpod; from coldsnap.vllm import engine;"
-        "engine.load(os.environ); engine.load_http()"
+        "import os, coldsnap.worker, runpod; from coldsnap.vllm import start;start.load(os.environ); start.load_http()"
     )
     python = ["env", "PYTHONPATH=/app/src", "VLLM_LOGGING_LEVEL=ERROR", "python", "-v", "-c", code]
     return re.findall(
