@@ -125,6 +125,11 @@ PARTS: dict[str, tuple[Row, ...]] = {
             "tests/loopback/test_processes.py::test_what_a_killed_worker_left_is_removed_and_what_a_living_one_uses_is_not",
         ),
         Row(
+            "the worker's own process killed, its engine stopped",
+            "the engine ends with it: the GPU is free",
+            _LIFE + "a_worker_that_is_killed_takes_its_engine_with_it",
+        ),
+        Row(
             "children killed at the end",
             "no shared memory and no socket is left",
             "tests/loopback/test_processes.py::test_children_that_are_killed_leave_no_files",

@@ -6,6 +6,7 @@ A worker is billed until it has stopped, so nothing is tidied up that the kernel
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -19,6 +20,8 @@ from typing import NoReturn
 
 _SHARED = re.compile(r"/dev/shm/psm_\w+")  # noqa: S108 -- Python chooses the place
 """Python's own names for shared memory."""
+_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG, prctl(2)."""
 _ENGINE = "VLLM::"
 """How vLLM's names for its processes begin."""
 _UUID = "-".join("[0-9a-f]" * digits for digits in (8, 4, 4, 4, 12))
@@ -35,6 +38,19 @@ def children(pid: int) -> Iterator[int]:
             for child in map(int, (task / "children").read_text().split()):
                 yield child
                 yield from children(child)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends, however that comes."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def tie_children() -> None:
+    """Let no process that is forked from here on outlive the one that forked it, even if that one is killed.
+
+    vLLM's engine does not notice that its front end is gone: it would keep the GPU and wait for ever.
+    """
+    os.register_at_fork(after_in_child=end_with_parent)
 
 
 def end_at_signals() -> None:

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     timeline.mark("python")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     processes.end_at_signals()
+    processes.tie_children()
     booted = boot(settings, timeline, os.environ)
     try:
         asyncio.run(_some_tokens(booted.engine))

@@ -61,6 +61,7 @@ def main(start: Callable[..., Booted] = boot, *, timeline: Timeline | None = Non
         test_input = local.test_input(sys.argv, on_platform=settings.on_platform)
         prepare(os.environ, local=test_input is not None)
         processes.remove_left_behind(Path(tempfile.gettempdir()))
+        processes.tie_children()
         booted = start(
             settings,
             timeline,

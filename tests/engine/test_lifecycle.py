@@ -186,6 +186,15 @@ async def test_sigterm_ends_a_worker_whose_engine_is_stopped(new_worker: Boot) -
         assert await worker.ended() == 0
 
 
+async def test_a_worker_that_is_killed_takes_its_engine_with_it(new_worker: Boot) -> None:
+    async with new_worker() as worker:
+        await worker.ask(QUESTION, sampling_params=STEADY).started(PATIENCE)
+        assert len(worker.engine("")) == 2
+        os.kill(worker.engine("EngineCor")[0], signal.SIGSTOP)  # nor does it matter what the engine is at
+        os.kill(worker.process.pid, signal.SIGKILL)
+        await eventually(lambda: not group(worker.process.pid))
+
+
 async def test_a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends_with_1(new_worker: Boot) -> None:
     async with new_worker(DRAIN_SECONDS=PATIENT_DRAIN) as worker:
         assert text(await worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]

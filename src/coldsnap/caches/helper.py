@@ -7,7 +7,6 @@ request as a line of JSON on stdin, once the worker knows which model it is, and
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +21,10 @@ from coldsnap.caches.store import Store, store_at
 from coldsnap.errors import CacheError, S3Error
 from coldsnap.foundation.plural import plural
 from coldsnap.foundation.s3 import Place
+from coldsnap.processes import end_with_parent
 
 _KEPT_DAYS = 30
 """How long a bundle that no boot uses is kept."""
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, prctl(2)
 
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -136,7 +135,7 @@ def _file(name: str) -> str:
 
 def main() -> int:
     """Do one thing and say how it went; return the exit code, 0 also if it failed and said so."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, 9)  # also while it is stopped
+    end_with_parent()  # also while it is stopped
     action, place, *gpu = sys.argv[1:]
     try:
         store = store_at(place_of(place))  # boto3 takes a moment: before the request is there

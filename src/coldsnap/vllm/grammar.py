@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import hashlib
@@ -28,6 +27,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from coldsnap.errors import ColdsnapError, EngineDead, InvalidInput
+from coldsnap.processes import end_with_parent
 
 Attempt = Callable[[Any], None]
 """Compiles a constraint as the engine would and follows it; raises if it cannot."""
@@ -40,7 +40,6 @@ _MEMORY = 1 << 30
 _WAITS = 5
 """How many times its processor time a trial may take by the clock: the machine may be busy."""
 _REMEMBERED = 1024
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, prctl(2)
 _WALKS, _STEPS = 8, 64
 
 
@@ -120,7 +119,7 @@ class Grammars:
     # In the other process.
 
     def _serve(self) -> None:
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        end_with_parent()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # jobs are still running then
         os.nice(_NICE)
@@ -133,7 +132,7 @@ class Grammars:
             attempt = self._setup(pickle.loads(first.recv_bytes()))  # noqa: S301 -- from our own process
             for other in others:
                 if os.fork() == 0:
-                    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+                    end_with_parent()
                     first = other
                     break
             while True:
@@ -168,7 +167,7 @@ class Grammars:
             connection.send_bytes(f"{complaint}; send a simpler one".encode())
 
     def _limit(self) -> None:
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        end_with_parent()
         for signum in (signal.SIGPROF, signal.SIGALRM):
             signal.signal(signum, signal.SIG_DFL)  # ends the process, also inside a library
         pages = int(Path("/proc/self/statm").read_text().split()[0])
