@@ -193,7 +193,8 @@ async def test_the_chat_template_takes_arguments_of_the_job(worker: Worker) -> N
 
 
 async def test_jobs_at_once_share_the_engine_and_do_not_wait_for_each_other(worker: Worker) -> None:
-    jobs = [worker.ask(question, sampling_params=STEADY) for question in list(CORPUS)[:16]]
+    steady = STEADY | {"max_tokens": 400}
+    jobs = [worker.ask(question, sampling_params=steady) for question in list(CORPUS)[:16]]
     await asyncio.gather(*(job.result(PATIENCE) for job in jobs))
     begun = max(job.timestamps.first_chunk or 0 for job in jobs)
     assert begun < min(job.timestamps.done or 0 for job in jobs)
