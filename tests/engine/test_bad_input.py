@@ -179,8 +179,7 @@ async def test_an_unknown_model_is_not_found(worker: Worker) -> None:
 OPENAI: dict[str, tuple[object, int, str, str]] = {
     # The job's input, and the answer's code, type and words.
     "no messages": ({"openai_route": CHAT, "openai_input": {"model": MODEL}}, 400, "Bad Request", "body.messages"),
-    "an empty body": ({"openai_route": CHAT, "openai_input": {}}, 400, "Bad Request", "body"),
-    "no body": ({"openai_route": CHAT}, 400, "Bad Request", "body"),
+    "no body": ({"openai_route": CHAT}, 405, "MethodNotAllowedError", f"GET {CHAT}: expected POST"),
     "empty messages": (chat(messages=[]), 400, "BadRequestError", "conversation|messages"),
     "messages that are a text": (chat(messages="hi"), 400, "Bad Request", "body.messages"),
     "a wrong role": (chat(messages=[{"role": "robot", "content": "hi"}]), 400, "BadRequestError", "role robot"),
