@@ -27,6 +27,7 @@ COLD_START = COMMON | {
     "boot", "seconds", "phases", "beside", "snapshot_bytes", "source", "verified", "fetched_bytes",
     "fetch_gb_per_second", "read_gb_per_second", "disk_read_bytes", "cache", "cache_because", "cache_bundle",
     "cache_bytes", "model", "start_method", "degraded", "limits", "max_concurrency", "revival", "away_seconds",
+    "image", "image_because",
 }  # fmt: skip
 REQUEST = COMMON | {
     "job_id", "boot", "route", "model", "stream", "prompt_tokens", "cached_tokens", "completion_tokens",
@@ -51,7 +52,8 @@ async def test_the_phases_of_a_cold_start_add_up_to_process_start_till_ready(wor
     assert (first["record"], first["boot"], first["model"]) == ("cold_start", "fresh", MODEL)
     assert sum(first["phases"].values()) == pytest.approx(first["seconds"], abs=0.001)
     assert all(seconds >= 0 for seconds in first["phases"].values())
-    assert list(first["phases"])[:3] == ["python", "settings", "import_vllm"]
+    begin = {"plain": ["python"], "restored": ["restore", "take_over"]}[first["image"]]
+    assert [*first["phases"]][: len(begin) + 2] == [*begin, "settings", "import_vllm"]
     assert {"configure", "engine", "warm_up"} <= first["phases"].keys()
     assert first["beside"].keys() == {"fitness", "read_snapshot", "import_sdk", "import_http"}
     assert 0 < first["beside"]["read_snapshot"] < first["seconds"]
