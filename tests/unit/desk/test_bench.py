@@ -153,7 +153,8 @@ class TestDialect:
         assert dialect.job(body) is body
 
     def test_an_openai_request_can_be_a_job(self) -> None:
-        assert Dialect("chat").job({"a": 1}) == {"openai_route": "/v1/chat/completions", "openai_input": {"a": 1}}
+        body = Dialect("chat").body("hi", 7)
+        assert Dialect("chat").job(body) == {"openai_route": "/v1/chat/completions", "openai_input": body}
 
 
 class TestAddress:
