@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 _FROZEN_SECONDS = 10.0
-"""A loop that looks every second is never that late by itself; a shorter freeze is not told from a stall."""
+"""A loop that looks every second is never that late without computing; a shorter freeze is not told from a stall."""
 _SUSPENDED_SECONDS = 1.0
 _RESTORED_SECONDS = 5.0
 """By how much the time of day may jump: it is also set by hand and by NTP, in a boot's first minutes."""
@@ -18,7 +18,7 @@ _RESTORED_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """The three clocks at one moment, in seconds."""
+    """What the clocks say at one moment, in seconds."""
 
     monotonic: float
     """Stands still while the machine is suspended."""
@@ -26,11 +26,14 @@ class Clocks:
     """Goes on while the machine is suspended."""
     wall: float
     """The only clock that goes on while a process lies on a disk as a checkpoint."""
+    processor: float
+    """What this process has computed, in all its threads: nothing, while it is frozen."""
 
     @classmethod
     def now(cls) -> Self:
         """Read them."""
-        return cls(time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time())
+        boottime = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return cls(time.monotonic(), boottime, time.time(), time.process_time())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Watch:
             return Revival("suspended", max(suspended, jumped), 0.0)
         if jumped > _RESTORED_SECONDS:
             return Revival("restored", jumped, 0.0)
-        if (late := monotonic - self._every) > _FROZEN_SECONDS:
+        computed = clocks.processor - last.processor
+        if (late := monotonic - self._every - computed) > _FROZEN_SECONDS:
             return Revival("frozen", late, late)
         return None

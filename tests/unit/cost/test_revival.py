@@ -25,13 +25,16 @@ INFO = EngineInfo("0.32.0", "NVIDIA H200", 2, ("demo",), 512)
 
 
 class Machine:
-    """Three clocks that a test moves."""
+    """Clocks that a test moves."""
 
     def __init__(self) -> None:
-        self.clocks = Clocks(100.0, 5000.0, 1_790_000_000.0)
+        self.clocks = Clocks(100.0, 5000.0, 1_790_000_000.0, 20.0)
 
     def runs(self, seconds: float) -> None:
         self._add(seconds, seconds, seconds)
+
+    def computes(self, seconds: float) -> None:
+        self._add(seconds, seconds, seconds, seconds)
 
     def sleeps(self, seconds: float) -> None:
         self._add(0.0, seconds, seconds)
@@ -39,9 +42,9 @@ class Machine:
     def is_a_checkpoint(self, seconds: float) -> None:
         self._add(0.0, 0.0, seconds)
 
-    def _add(self, monotonic: float, boottime: float, wall: float) -> None:
-        old = self.clocks
-        self.clocks = Clocks(old.monotonic + monotonic, old.boottime + boottime, old.wall + wall)
+    def _add(self, *seconds: float) -> None:
+        moved = zip(dataclasses.astuple(self.clocks), (*seconds, 0.0), strict=False)
+        self.clocks = Clocks(*(clock + by for clock, by in moved))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ class Machine:
         (lambda machine: machine.is_a_checkpoint(600.0), Revival("restored", 600.0, 0.0)),
         (lambda machine: machine.runs(1.0), None),
         (lambda machine: machine.runs(9.0), None),  # the processor was busy with something else
+        (lambda machine: machine.computes(60.0), None),  # one call held the loop
         (lambda machine: machine.sleeps(0.5), None),
         (lambda machine: machine.is_a_checkpoint(-3600.0), None),  # the time of day was put right
         (lambda machine: machine.is_a_checkpoint(2.0), None),

@@ -36,7 +36,7 @@ def spreads(outcomes: Sequence[Outcome]) -> str:
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("milliseconds")
         axes.set_ylabel("requests that took no longer")
-        axes.legend(loc="best")
+        axes.legend(loc="lower right")
         return svg(drawing, "spreads", "Requests by how long they took")
 
 
@@ -52,7 +52,7 @@ def over_time(outcomes: Sequence[Outcome]) -> str:
         if failed := [each.due for each in outcomes if each.error is not None]:
             floor = min((value for _, value in dots), default=1.0) / 2
             axes.scatter(failed, [floor] * len(failed), s=14, color=SECOND, marker="x", linewidths=1, label="failed")
-            axes.legend()
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         axes.set_yscale("log")
         plain_y(axes)
         axes.set_xlabel("seconds from the start, when a request was due")
