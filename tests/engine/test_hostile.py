@@ -163,6 +163,8 @@ def thought_up() -> Iterator[tuple[str, Any]]:
         "echo and log probabilities": {"echo": True, "logprobs": True, "top_logprobs": 10**9},
         "two prompts": {"prompt": "x"},
         "priority": {"priority": -(2**31)},
+        "items that are none": {"input": [0] * 10_000},
+        "id of its own": {"request_id": "x" * 100_000},
         "salt": {"cache_salt": ""},
     }
     for stream in (False, True):
@@ -250,6 +252,7 @@ async def test_every_field_with_every_kind_of_value_ends_with_an_answer_or_a_nam
     )
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
+    assert "not metered" not in shared_worker.stderr
     assert shared_worker.process.returncode is None
     assert text(await shared_worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
 

@@ -34,7 +34,7 @@ HEADER = struct.Struct("<IddfIdIHH")
 """Bytes that follow, start, end, seconds of metering, frames and seconds lost before, bytes of events,
 decodes, others. No decodes and no others is an empty step; `BROKEN` decodes is the last frame, whose events
 are the reason."""
-EVENT = struct.Struct("<?IH")
+EVENT = struct.Struct("<?II")
 """Whether the request begins, its number, bytes of its id that follow."""
 BROKEN = 0xFFFF
 

@@ -24,6 +24,8 @@ GENERIC = ("route", "body", "method")
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _OBJECTS = ("structured_outputs", "vllm_xargs")
+_TEMPLATE_NAMES = 100
+"""Arguments of a chat template: vLLM compares each with the signatures of functions."""
 _DEEPEST = 100
 """Levels of nesting in a job's input; orjson stops at 254."""
 
@@ -90,6 +92,7 @@ def _parse_native(content: dict[str, Any], job_id: str, models: tuple[str, ...])
     if model not in models:
         raise NotFound(f"model: {model!r:.100} is not served here; served: {', '.join(models)}", param="model")
     template = _typed(content, "chat_template_kwargs", dict, {})
+    _check_template(template, "chat_template_kwargs")
     generation = Generation(job_id, prompt, messages, sampling, template)
     return Native(generation, _typed(content, "stream", bool, default=False), model)
 
@@ -138,9 +141,15 @@ def _check_objects(body: dict[str, Any], where: str) -> None:
             raise InvalidInput(
                 f"{where}.{name}: expected an object, found {_kind(body[name])}", param=f"{where}.{name}"
             )
+    _check_template(body.get("chat_template_kwargs"), f"{where}.chat_template_kwargs")
     for name, place in (("kv_transfer_params", body), ("vllm_xargs.kv_transfer_params", body.get("vllm_xargs") or {})):
         if place.get("kv_transfer_params") is not None:
             raise InvalidInput(f"{where}.{name}: not open to jobs", param=f"{where}.{name}")
+
+
+def _check_template(names: Any, where: str) -> None:
+    if isinstance(names, dict) and len(names) > _TEMPLATE_NAMES:
+        raise InvalidInput(f"{where}: {len(names)} names; at most {_TEMPLATE_NAMES}", param=where)
 
 
 def _check_messages(messages: Any) -> None:

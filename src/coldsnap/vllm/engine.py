@@ -17,6 +17,7 @@ from coldsnap import processes
 from coldsnap.engine import Delta, EngineInfo, Generation, HttpRequest, HttpResponse, Meter, Usage
 from coldsnap.errors import ColdsnapError, EngineBootError, EngineDead, InvalidInput, Unavailable
 from coldsnap.vllm import asgi, calls, moved, translation
+from coldsnap.vllm.bodies import Bodies
 from coldsnap.vllm.grammar import Grammars
 from coldsnap.vllm.sampling import Sampling
 from coldsnap.vllm.stall import Watchdog
@@ -49,7 +50,7 @@ class VllmEngine:
         self._grammars = grammars
         self._watchdog = watchdog
         self._warm = False
-        self._app: asyncio.Future[Any] | None = None
+        self._app: asyncio.Future[tuple[Any, Bodies]] | None = None
         self._delta = RequestOutputKind.DELTA
         self._sampling = Sampling(SamplingParams, llm.model_config.get_diff_sampling_param(), translate)
         self._chat_params = ChatParams
@@ -90,12 +91,13 @@ class VllmEngine:
     @contextlib.asynccontextmanager
     async def http(self, request: HttpRequest, meter: Meter) -> AsyncIterator[HttpResponse]:
         """See `Engine.http`. The first call builds the application if `warm_up` has not yet."""
-        app = await self._application()
+        app, bodies = await self._application()
         calls.METER.set(meter)
         made: list[Any] = []
         calls.MADE.set(made)
         try:
             with _translated():
+                bodies.check(request)
                 async with asgi.request(app, request) as response:
                     yield response
         except (asyncio.CancelledError, GeneratorExit):
@@ -154,19 +156,19 @@ class VllmEngine:
         self._accounts.end()
         self._grammars.close()
 
-    async def _application(self) -> Any:
+    async def _application(self) -> tuple[Any, Bodies]:
         if self._app is None:
             self._app = asyncio.ensure_future(self._build_application())
         return await asyncio.shield(self._app)
 
-    async def _build_application(self) -> Any:
+    async def _build_application(self) -> tuple[Any, Bodies]:
         build, init = moved.builders()
         tasks = await self._llm.get_supported_tasks()
         app = build(self._args, tasks, self._llm.model_config)
         await init(self._llm, app.state, self._args, tasks)
         app.state.server = SimpleNamespace()  # what vLLM's handler of errors tells when its engine is dead
         gc.freeze()  # see `worker`: it stays as long as the worker does
-        return app
+        return app, Bodies(app)
 
     async def _render(self, request: Generation) -> Any:
         renderer = self._llm.renderer

@@ -261,3 +261,14 @@ async def test_frames_are_read_while_the_loop_runs(bench: Bench) -> None:
         scheduler.step(a=1)
         await asyncio.sleep(0.05)
     assert len(bench.frames) == 3
+
+
+def test_an_id_of_any_length_is_metered(bench: Bench) -> None:
+    scheduler = bench.scheduler()
+    name = "x" * 100_000
+    scheduler.add(name, 3)
+    scheduler.step(**{name: 3})
+    bench.reader.drain()
+    scheduler.step()  # the pipe had room for a part
+    assert bench.last() == {}
+    assert bench.names == {0: name}

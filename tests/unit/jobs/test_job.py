@@ -184,6 +184,11 @@ class TestBadInput:
             ({"prompt": "Hi", "stream": 1}, "stream", "a number"),
             ({"prompt": "Hi", "model": ["demo"]}, "model", "a list"),
             ({"prompt": "Hi", "chat_template_kwargs": 1}, "chat_template_kwargs", "a number"),
+            (
+                {"prompt": "Hi", "chat_template_kwargs": dict.fromkeys("a" * i for i in range(101))},
+                "chat_template_kwargs",
+                "101 names",
+            ),
             ({"prompt": "Hi", "temperature": 1}, "temperature", "sampling_params"),
             ({"prompt": "Hi", "Prompt": "Hi"}, "Prompt", "unknown"),
             ({"prompt": "Hi", "": 1}, "", "unknown"),
