@@ -8,6 +8,7 @@ import inspect
 from argparse import Namespace
 from collections.abc import Iterator
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -18,6 +19,7 @@ from coldsnap.jobs import routes
 from coldsnap.vllm import arguments, moved, sampling
 from coldsnap.vllm import engine as vllm_engine
 from coldsnap.vllm import release as vllm_release
+from coldsnap.vllm import start as vllm_start
 from coldsnap.vllm.pace import Pace, PacedQueue, PacedRequest
 
 from .worker import MANIFEST, ROOT, SNAPSHOT
@@ -42,7 +44,7 @@ def parser(offline: None) -> Any:
     return cli.make_arg_parser(FlexibleArgumentParser())
 
 
-def test_the_names_of_the_engines_arguments_are_in_the_source_that_is_read_before_the_import(offline: None) -> None:
+def test_the_names_of_the_engines_givenare_in_the_source_that_is_read_before_the_import(offline: None) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -60,6 +62,16 @@ def test_no_address_that_a_job_names_is_fetched_by_default(offline: None) -> Non
             connector.fetch_image(address)
     with pytest.raises((ValueError, RuntimeError), match="allowed-local-media-path"):
         connector.fetch_image("file:///etc/passwd")
+
+
+@pytest.mark.parametrize(("given", "again"), [({}, False), ({"log_level": "DEBUG"}, True)])
+def test_logging_is_configured_again_only_where_an_argument_asks_for_it(given: dict[str, str], again: bool) -> None:
+    from vllm.config.logging import LoggingConfig
+
+    configured = LoggingConfig(**given)
+    vllm_start._leave_logging_alone(SimpleNamespace(logging_config=configured))
+    assert configured.configure_logging is again
+    vllm_start._leave_logging_alone(SimpleNamespace())  # 0.26 has no such thing
 
 
 # Exceptions.

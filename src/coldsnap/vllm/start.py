@@ -160,6 +160,7 @@ def boot(
 
     parsed, config = configure(model=model, fixed=fixed, manifest=manifest, environ=engine_environ, warn=warn)
     args = parsed.namespace
+    _leave_logging_alone(config)
     mark("configure")
     # vLLM's CPU platform asks for `spawn`, which imports everything again in each child. Nothing here has
     # started a thread or a device yet, so a fork is safe; on CUDA it is vLLM's own default.
@@ -330,6 +331,17 @@ def _leave_cuda_alone(engine_args: Any) -> None:
     capability = current_platform.get_device_capability()
     sizes = vllm_release.fused_allreduce_sizes().get(capability.to_int(), {}) if capability else {}
     passes.fi_allreduce_fusion_max_size_mb = sizes.get(gpus)
+
+
+def _leave_logging_alone(config: Any) -> None:
+    """Have logging configured once, by vLLM's import, unless an argument asks for something else.
+
+    vLLM does it again in this process and in each that it forks, and each time Python resets every logger of vLLM's,
+    at each the memory of all others: millions of writes to pages that a forked process has to copy.
+    """
+    configured = getattr(config, "logging_config", None)
+    if configured is not None and configured == type(configured)():
+        configured.configure_logging = False
 
 
 def _start_method(environ: Mapping[str, str], warn: Callable[[str], None]) -> Literal["fork", "spawn"]:
