@@ -46,7 +46,6 @@ class Sink:
         self._path = folder / LEDGER
         self._echo = echo
         self._turning = threading.Lock()
-        self._torn = False
         self.lines = 0
         """Records in the file that is being written to."""
         self.tally = Tally()
@@ -62,7 +61,7 @@ class Sink:
         Once this has returned nothing is written to that file any more. May be called from any thread.
         """
         with self._turning:
-            lines, self._path, self.lines, self._torn = self.lines, path, 0, False
+            lines, self._path, self.lines = self.lines, path, 0
         return lines
 
     def next_job(self) -> Boot:
@@ -99,9 +98,7 @@ class Sink:
     def _append(self, line: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab", buffering=0) as file:
-            if self._torn:  # a disk that was full took the beginning of a line: it must not spoil the next
-                line = b"\n" + line
             written = file.write(line)
-        self._torn = 0 < written < len(line)
-        if written < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if written < len(line):  # a disk that is full took the beginning: another worker's line must not follow it
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,20 @@ class TestUnwritable:
         sink.write(Request(**REQUEST | {"job_id": "later"}))
         assert sink.tally.unwritten == 1
         assert [record["job_id"] for record in ledger(tmp_path)] == ["later"]
+
+    def test_what_a_disk_took_of_a_line_spoils_no_other_workers(self, tmp_path: Path) -> None:
+        one, other = Sink(tmp_path, Echo()), Sink(tmp_path, Echo())
+        one.write(Request(**REQUEST))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / LEDGER).stat().st_size + 100, limits[1]))
+        try:
+            one.write(Request(**REQUEST | {"job_id": "cut off"}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        other.write(Request(**REQUEST | {"job_id": "other"}))
+        one.write(Request(**REQUEST | {"job_id": "next"}))
+        assert one.tally.unwritten == 1
+        assert [record["job_id"] for record in ledger(tmp_path)][1:] == ["other", "next"]
 
 
 def test_a_cold_starts_phases_add_up_to_its_seconds() -> None:
