@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from coldsnap import fitness, patches
@@ -115,7 +113,7 @@ def boot(
         "weights": manifest.size if manifest else 0,
         "gpu": not vllm_release.is_cpu_build(),
         "gpus": _gpus(others, manifest.engine_args if manifest else {}),
-        "scratch": Path(tempfile.gettempdir()),
+        "scratch": fitness.scratch(),
         "any_driver": vllm_release.moves_libraries(environ),
     }
     fit = _beside(lambda: fitness.check(**needs), "fitness")

@@ -9,6 +9,7 @@ import contextlib
 import importlib.metadata
 import resource
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def check(
         _shared_memory(shared, gpus)
     if gpu:
         _gpus(nvml or driver(), weights, None if any_driver else _runtime())
+
+
+def scratch() -> Path:
+    """Return the folder for temporary files, the first of Python's candidates that takes one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise Unfit(
+            "disk", f"no temporary file can be written ({error.strerror}): set TMPDIR to a folder that takes some"
+        ) from error
 
 
 def no_compiler(environ: Mapping[str, str]) -> str | None:

@@ -8,13 +8,11 @@ import gc
 import importlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any
 
-from coldsnap import local, patches, processes
+from coldsnap import fitness, local, patches, processes
 from coldsnap.boot import Booted, boot
 from coldsnap.caches.boot_caches import BundleMaker
 from coldsnap.errors import BootError, ColdsnapError, Draining, Unfit
@@ -60,7 +58,7 @@ def main(start: Callable[..., Booted] = boot, *, timeline: Timeline | None = Non
         settings = Settings.read(os.environ)
         test_input = local.test_input(sys.argv, on_platform=settings.on_platform)
         prepare(os.environ, local=test_input is not None)
-        processes.remove_left_behind(Path(tempfile.gettempdir()))
+        processes.remove_left_behind(fitness.scratch())
         processes.tie_children()
         booted = start(
             settings,

@@ -10,24 +10,29 @@ import asyncio
 import contextlib
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from coldsnap.desk.serve.worker_http import _Connection
-from coldsnap.testing import ControlPlane, Faults
+from coldsnap.testing import ControlPlane, Faults, JobState
 from tests.loopback.desk.serving import Serve
 
 from .conftest import Boot
 from .worker import (
     CORPUS,
     EMOJI_ONLY,
+    HANDLER,
     LONG,
     PATIENCE,
     STEADY,
     Worker,
+    environment,
     eventually,
+    run_handler,
     text,
 )
 
@@ -101,17 +106,22 @@ def disk(folder: Path, size: str) -> Iterator[Path]:
 def fill(folder: Path) -> Path:
     """Take all the room that is left."""
     ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 512)
+    with ballast.open("wb", buffering=0) as file:
+        for size in (1 << 20, 512):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
     return ballast
 
 
 async def test_a_full_disk_of_the_ledger_costs_records_there_and_nothing_else(new_worker: Boot, tmp_path: Path) -> None:
-    with disk(tmp_path / "small", "64k") as small:
-        async with new_worker(COLDSNAP_LEDGER_DIR=str(small)) as worker:
+    with disk(tmp_path / "small", "128m") as small:  # temporary files want 100 MiB as the worker boots
+        async with new_worker(COLDSNAP_LEDGER_DIR=str(small), TMPDIR=str(small)) as worker:
             assert text(await worker.ask(EMOJI_ONLY).result(PATIENCE)) == CORPUS[EMOJI_ONLY]
             ballast = fill(small)
+            regex = {"structured_outputs": {"regex": "(yes|no)"}}
+            bound = await worker.ask(QUESTION, sampling_params=regex).result(PATIENCE)  # tried in a process of its own
+            assert text(bound) in {"yes", "no"}
             full = [worker.ask(EMOJI_ONLY) for _ in range(30)]
             for job in full:
                 assert text(await job.result(PATIENCE)) == CORPUS[EMOJI_ONLY]
@@ -124,6 +134,76 @@ async def test_a_full_disk_of_the_ledger_costs_records_there_and_nothing_else(ne
         records = (small / "ledger.jsonl").read_bytes()
         assert b"ledger.jsonl" not in records
         assert sum(b'"job_id"' in line for line in records.splitlines()) < 32
+
+
+INPUT = '{"input": {"prompt": "hi"}}'
+READ_ONLY = """
+for folder in /tmp /var/tmp "$PWD"; do
+    mount --bind "$folder" "$folder"; mount -o remount,ro,bind "$folder"
+done
+cd "$PWD"; exec "$@"
+"""
+
+
+async def test_a_boot_that_can_write_no_temporary_file_says_so(home: Path, tmp_path: Path) -> None:
+    command = ["unshare", "--mount", "sh", "-ec", READ_ONLY, "sh", sys.executable, str(HANDLER), "--test_input", INPUT]
+    ended = await asyncio.to_thread(
+        subprocess.run, command, cwd=tmp_path, env=environment(home, tmp_path / "ledger"), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    if "unshare" in ended.stderr:
+        pytest.skip(f"nothing can be mounted here: {ended.stderr.strip()}")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    (said,) = ended.stderr.splitlines()
+    assert said.startswith("coldsnap: disk: no temporary file can be written")
+
+
+# Memory.
+
+
+@contextlib.contextmanager
+def limited(megabytes: int | None, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Make a memory cgroup, and a handler that boots in it."""
+    group = Path("/sys/fs/cgroup/memory") / f"coldsnap-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup of version 1 can be made here: {error}")
+    try:
+        if megabytes is not None:
+            (group / "memory.limit_in_bytes").write_text(f"{megabytes}M")
+        handler = folder / "limited.py"
+        enter = f"open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+        handler.write_text(f"import os, runpy\n{enter}\nrunpy.run_path({str(HANDLER)!r}, run_name='__main__')\n")
+        yield group, handler
+    finally:
+        while (group / "cgroup.procs").read_text():
+            time.sleep(0.01)
+        group.rmdir()
+
+
+async def test_a_boot_that_runs_out_of_memory_says_so(home: Path, tmp_path: Path) -> None:
+    with limited(1300, tmp_path) as (_, handler):
+        ended = await run_handler(
+            "--test_input", INPUT, home=home, cwd=tmp_path, handler=handler, VLLM_CPU_KVCACHE_SPACE="4"
+        )
+    assert ended.code == 1, ended
+    assert "coldsnap: memory: the kernel ended a process of the engine" in ended.stderr
+
+
+async def test_an_engine_that_runs_out_of_memory_is_a_dead_one(new_worker: Boot, tmp_path: Path) -> None:
+    with limited(None, tmp_path) as (group, handler):
+        async with new_worker(handler=handler) as worker:
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            for more in range(0, 200 << 20, 1 << 20):  # the kernel refuses what it cannot get back
+                with contextlib.suppress(OSError):
+                    (group / "memory.limit_in_bytes").write_text(str(int(stat["rss"]) + more))
+                    break
+            jobs = [worker.ask(question) for question in CORPUS]
+            assert await worker.ended() == 1
+            assert "the engine process is gone; the worker ends" in worker.stderr
+            worker.plane.lose("worker-1", "it died")
+            assert JobState.IN_QUEUE in {job.state for job in jobs}  # nobody has read of them
 
 
 async def test_a_full_disk_of_the_state_refuses_jobs_and_takes_them_again(tmp_path: Path) -> None:

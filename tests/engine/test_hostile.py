@@ -24,6 +24,7 @@ from coldsnap.jobs.request import NATIVE
 from coldsnap.testing import Job, JobFailed
 from coldsnap.vllm.sampling import INTERNAL
 
+from .test_bombs import GRAMMARS, WAYS
 from .worker import CORPUS, EMOJI_ONLY, MODEL, PATIENCE, Worker, text, user
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -286,6 +287,46 @@ async def test_the_largest_jobs_take_no_more_memory_than_is_stated(shared_worker
         peak = now("VmHWM") - before
         print(f"{name}: {peak >> 20} MiB on top")  # noqa: T201 -- what `make hostile` is for
         assert peak < PEAK, name
+
+
+SECONDS = 2.0
+"""Of the front end's processor that a refusal may take."""
+
+
+async def ttft(worker: Worker) -> float:
+    """Return the median of plain jobs, one after the other."""
+    seconds = []
+    for _ in range(15):
+        job = worker.ask(EMOJI_ONLY)
+        await job.result(PATIENCE)
+        seconds.append(job.timestamps.chunks[0] - job.timestamps.submitted)
+    return statistics.median(seconds)
+
+
+@pytest.mark.skipif(not WHOLE, reason="measured by `make hostile`")
+async def test_a_bomb_takes_little_of_the_front_end_and_nothing_of_the_next_jobs(worker: Worker) -> None:
+    native = {
+        name: {"prompt": "hi", "sampling_params": {"structured_outputs": bomb}} for name, (bomb, _) in GRAMMARS.items()
+    }
+    routes = {
+        f"{name}, over OpenAI": {"openai_route": f"/v1/{route}", "openai_input": body}
+        for name, (route, body) in WAYS.items()
+    }
+    rows = [
+        "| bomb | ended after, s | front end's processor, s | TTFT before, ms | after, ms |",
+        "|---|---|---|---|---|",
+    ]
+    too_long: list[str] = []
+    await ttft(worker)
+    for name, job_input in (native | routes | LARGEST).items():
+        before, used = await ttft(worker), worker.front_cpu_seconds()
+        outcome, _ = await run(worker, name, job_input)
+        used = worker.front_cpu_seconds() - used
+        after = await ttft(worker)
+        rows.append(f"| {name} | {outcome.seconds:.2f} | {used:.2f} | {1000 * before:.0f} | {1000 * after:.0f} |")
+        too_long += [name] if outcome.error and used > SECONDS else []
+    print("", *rows, sep="\n")  # noqa: T201 -- what `make hostile` is for
+    assert too_long == []
 
 
 anything = st.recursive(

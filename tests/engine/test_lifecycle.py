@@ -138,6 +138,9 @@ async def test_a_killed_engine_fails_the_jobs_that_were_read_leaves_the_others_a
         streams = jobs[::2]
         await asyncio.gather(*(read(job) for job in streams))
         (core,) = worker.engine("EngineCor")
+        os.kill(core, signal.SIGSTOP)
+        prompt = worker.ask(QUESTION)  # not computed any more
+        await eventually(lambda: prompt.state is JobState.IN_PROGRESS)
         os.kill(core, signal.SIGKILL)
         for job in streams:
             with pytest.raises(JobFailed) as caught:
@@ -146,10 +149,10 @@ async def test_a_killed_engine_fails_the_jobs_that_were_read_leaves_the_others_a
         assert not any("[DONE]" in chunk for chunk in streams[1].chunks)
         assert await worker.ended() == 1
         worker.plane.lose("worker-1", "it died")  # as `serve` does when the process has ended
-        assert [(job.state, job.attempts) for job in jobs[1::2]] == [(JobState.IN_QUEUE, 1)] * 2
+        assert [(job.state, job.attempts) for job in (*jobs[1::2], prompt)] == [(JobState.IN_QUEUE, 1)] * 3
         assert worker.stderr.count("coldsnap: the engine process is gone; the worker ends") == 1
         requests = [record for record in worker.records() if record["record"] == "request"]
-        assert [record["error"] for record in requests] == ["EngineDeadError"] * 4
+        assert [record["error"] for record in requests] == ["EngineDeadError"] * 5
         assert worker.plane.violations == []
 
 
@@ -164,12 +167,15 @@ async def test_a_stopped_engine_fails_its_jobs_as_stalled_and_ends_the_worker_wi
         await asyncio.gather(*(read(job) for job in jobs))
         (core,) = worker.engine("EngineCor")
         os.kill(core, signal.SIGSTOP)
+        prompt = worker.ask(QUESTION)  # not computed any more
         for job in jobs:
             with pytest.raises(JobFailed, match="no step for ENGINE_STALL_SECONDS=3") as caught:
                 await job.result(PATIENCE)
             assert '"type":"EngineStalledError"' in caught.value.error
             assert '"code":503' in caught.value.error
         assert await worker.ended() == 1
+        worker.plane.lose("worker-1", "it died")  # as `serve` does when the process has ended
+        assert (prompt.state, prompt.attempts) == (JobState.IN_QUEUE, 1)
         assert "ENGINE_STALL_SECONDS=3; this worker ends" in worker.stderr
         assert worker.plane.violations == []
 
@@ -232,7 +238,7 @@ async def test_an_engine_that_dies_before_or_during_the_job_of_a_terminal_ends_i
 # Boots that are cut short, or fail.
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_word(
     home: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
@@ -243,11 +249,16 @@ async def test_a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
         )  # fmt: skip
         await eventually(lambda: bool(list(temporary.glob("coldsnap-*"))), BOOT_SECONDS)  # the engine's pipe
-        os.killpg(process.pid, signum)  # as a terminal does
+        if signum == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, signum)  # as a terminal does
         async with asyncio.timeout(BOOT_SECONDS):
             out, err = await process.communicate()
-        assert (process.returncode, out, err) == (128 + signum, b"", b"")
+        assert (process.returncode, out, err) == (-signum if signum == signal.SIGKILL else 128 + signum, b"", b"")
         await eventually(lambda: not group(process.pid))
+        if signum == signal.SIGKILL:
+            return  # its files are removed by the next boot
         left = [path.name for path in temporary.iterdir() if not path.is_dir()]
         assert [
             name for name in left if not name.startswith("vllm_dist_")

@@ -74,11 +74,11 @@ class Ended:
     stderr: str
 
 
-async def run_handler(*arguments: str, home: Path, cwd: Path, **environ: str) -> Ended:
+async def run_handler(*arguments: str, home: Path, cwd: Path, handler: Path = HANDLER, **environ: str) -> Ended:
     """Run `handler.py` to its end, in the folder `cwd`; its ledger goes to `cwd/ledger`."""
     with scratch() as temporary:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, HANDLER, *arguments, cwd=cwd,
+            sys.executable, handler, *arguments, cwd=cwd,
             env=environment(home, cwd / "ledger", TMPDIR=str(temporary), **environ),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, process_group=0,
         )  # fmt: skip
