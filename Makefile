@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PYTHON
 py := .venv/bin/python
 
-.PHONY: help demo test test-image faults hostile real real-check families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
+.PHONY: help demo test test-engine test-others test-image faults hostile real real-check families check gpu-seam gpu-acceptance image-check desk-check format lock schema env snapshot clean
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -20,10 +20,17 @@ real-check: ## fetch SmolLM2-135M-Instruct, boot it and ask
 	@$(py) builder/real_model.py none
 	@$(py) -m pytest -q tests/real
 
-test: ## set up .venv and run the tests
+test: ## set up .venv and run the tests, in two halves side by side
 	@scripts/setup.sh test
 	@scripts/setup.sh bake
-	@$(py) -m pytest -q
+	@echo "coldsnap: two halves of the tests run side by side; each prints how it went at its end"
+	@$(MAKE) --output-sync=target --keep-going --jobs=2 test-engine test-others
+
+test-engine:
+	@$(py) -m pytest -q tests/engine
+
+test-others:
+	@$(py) -m pytest -q tests/loopback tests/unit
 	@HANDLER=tests/engine/asynchronous.py $(py) -m pytest -q tests/engine/test_ledger.py tests/engine/test_cancel.py tests/engine/test_openai.py
 
 test-image: ## run the tests on the real engine once more, on workers restored from a process image

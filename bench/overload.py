@@ -4,7 +4,8 @@
 
 An endpoint with MAX_QUEUE and MAX_QUEUE_SECONDS before a worker, as in `coldsnap serve`. Each round: the peak, with
 MAX_CONCURRENCY jobs under way and half as many waiting; then jobs at four times the rate at which those ended, by the
-clock, whatever becomes of them; then the same, one in ten of them of 1,000 tokens instead of 64. With `--timed` an
+clock, whatever becomes of them; then both with one in ten of them of 1,000 tokens instead of 64, which has a peak of
+its own: a step over longer contexts takes longer. With `--timed` an
 engine that keeps time stands for vLLM, so that no other process takes it the processor: 128 requests at once, a step of
 4 ms and 0.2 ms a request.
 
@@ -43,6 +44,8 @@ _QUEUE_SECONDS = 10.0
 _FACTOR = 4.0
 _LONG_TOKENS = 1000
 _LONG_EACH = 10
+_MEAN_TOKENS = ((_LONG_EACH - 1) * TOKENS + _LONG_TOKENS) / _LONG_EACH
+_MIXED = ", one in ten long"
 _TIMED = {"boot": [0.1, 0.1], "a": 0.004, "b": 1e-6, "c": 0.0002, "d": 0.0, "max_num_seqs": _CONCURRENCY}
 
 
@@ -75,20 +78,21 @@ class Load:
         self._endpoint = endpoint
         self._timed = timed
 
-    async def closed(self, seconds: float) -> Outcome:
+    async def closed(self, name: str, seconds: float, sizes: Iterator[int]) -> Outcome:
         """Keep worker and queue full, and no fuller."""
         end = time.monotonic() + seconds
-        jobs: list[Job] = []
+        jobs: list[tuple[Job, int]] = []
 
         async def client(number: int) -> None:
             await asyncio.sleep(number / 200)  # all at once would not fit into the queue
             while time.monotonic() < end:
-                jobs.append(self._submit(TOKENS))
-                await jobs[-1].result()
+                size = next(sizes)
+                jobs.append((self._submit(size), size))
+                await jobs[-1][0].result()
 
         begun = time.monotonic()
         await asyncio.gather(*(client(number) for number in range(_CONCURRENCY + _CONCURRENCY // 2)))
-        return _outcome("peak", list(zip(jobs, [TOKENS] * len(jobs), strict=True)), begun, seconds, refused=0)
+        return _outcome(name, jobs, begun, seconds, refused=0)
 
     async def open(self, name: str, seconds: float, rate: float, sizes: Iterator[int]) -> Outcome:
         """Submit at a rate, and wait for all that was admitted."""
@@ -171,28 +175,25 @@ async def measured(rounds: int, seconds: float, *, timed: bool) -> list[Outcome]
         command = [str(ROOT / "src" / "coldsnap" / "testing" / "timed_worker.py")] if timed else []
         await ring.worker(plane, ROOT, *command)
         load = Load(endpoint, timed=timed)
-        await load.closed(3.0)
+        await load.closed("warm-up", 3.0, _short())
         for _ in range(rounds):
-            peak = await load.closed(seconds)
-            rate = _FACTOR * peak.tokens_per_second / TOKENS
-            outcomes += [
-                peak,
-                await load.open("4x", seconds, rate, _short()),
-                await load.open("4x, one in ten long", seconds, rate, _mixed()),
-            ]
-            print(*outcomes[-3:], sep="\n")
+            for more, sizes, mean in (("", _short(), TOKENS), (_MIXED, _mixed(), _MEAN_TOKENS)):
+                peak = await load.closed(f"peak{more}", seconds, sizes)
+                rate = _FACTOR * peak.tokens_per_second / mean
+                outcomes += [peak, await load.open(f"4x{more}", seconds, rate, sizes)]
+                print(*outcomes[-2:], sep="\n")
     return outcomes
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Return medians over the rounds, and the ratio of the throughput to the same round's peak."""
+    """Return medians over the rounds, and the ratio of the throughput to the same round's peak of the same jobs."""
     lines = [
         "| run | offered | 429 at once / later | tokens/s | of the peak | queue | TTFT | whole | taken to end |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    peaks = [each.tokens_per_second for each in outcomes if each.name == "peak"]
     for name in dict.fromkeys(each.name for each in outcomes):
         runs = [each for each in outcomes if each.name == name]
+        peaks = [each.tokens_per_second for each in outcomes if each.name == f"peak{_MIXED if _MIXED in name else ''}"]
 
         def median(field: str, runs: list[Outcome] = runs) -> float:
             return float(statistics.median(getattr(each, field) for each in runs))

@@ -821,7 +821,7 @@ def test_it_stands_still_while_a_job_runs_takes_no_turn_from_anybody_and_dies_wi
     second.pause(True)
     second.end()
     assert second._process.wait() == -signal.SIGKILL
-    assert children() == []
+    eventually(lambda: children() == [])  # killed, and not yet gone
 
 
 def test_a_worker_that_ends_does_not_wait_for_its_bundle(
@@ -845,7 +845,7 @@ def test_a_worker_that_ends_does_not_wait_for_its_bundle(
     eventually(lambda: len(children()) == 1)
     work.soon()
     assert work.end(60)
-    assert children() == []
+    eventually(lambda: children() == [])  # killed, and not yet gone
     assert said == []
 
 
