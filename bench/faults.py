@@ -22,10 +22,12 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "faults.json"
+SOAK = ROOT / "bench" / "results" / "chaos.json"
 PAGE = ROOT / "docs" / "reliability.md"
 
 
@@ -38,10 +40,15 @@ class Row:
     test: str
 
 
+_BOMBS = "tests/engine/test_bombs.py::test_"
+_BAD = "tests/engine/test_bad_input.py::test_"
+_HOSTILE = "tests/engine/test_hostile.py::test_"
 _LIFE = "tests/engine/test_lifecycle.py::test_"
 _SLOW = "tests/engine/test_slow_platform.py::test_"
 _FAULTS = "tests/engine/test_faults.py::test_"
 _CANCEL = "tests/engine/test_cancel.py::test_"
+_DISPATCH = "tests/unit/jobs/test_dispatch.py::test_"
+_ACCOUNTS = "tests/unit/cost/test_accounts.py::test_"
 _EGRESS = "tests/loopback/jobs/test_egress.py::test_"
 _PLANE = "tests/loopback/desk/test_control_plane.py::test_"
 _SERVE = "tests/loopback/desk/test_serve.py::test_"
@@ -52,7 +59,7 @@ _CACHES = "tests/loopback/caches/test_caches.py::"
 PARTS: dict[str, tuple[Row, ...]] = {
     "The engine": (
         Row(
-            "engine core killed, streams running",
+            "engine core killed, streams running, a prompt under way",
             "what was read fails with EngineDeadError, the rest is left to another worker; exit code 1; no [DONE]",
             _LIFE + "a_killed_engine_fails_the_jobs_that_were_read_leaves_the_others_and_ends_the_worker_with_1",
         ),
@@ -62,8 +69,8 @@ PARTS: dict[str, tuple[Row, ...]] = {
             _LIFE + "a_worker_whose_engine_dies_while_idle_takes_no_more_jobs_and_ends_with_1",
         ),
         Row(
-            "engine core stopped, streams running",
-            "503 after ENGINE_STALL_SECONDS, exit code 1; idle before: nothing",
+            "engine core stopped, streams running, a prompt under way",
+            "503 after ENGINE_STALL_SECONDS, exit code 1; the prompt is left to another worker; idle before: nothing",
             _LIFE + "a_stopped_engine_fails_its_jobs_as_stalled_and_ends_the_worker_with_1",
         ),
         Row(
@@ -99,9 +106,24 @@ PARTS: dict[str, tuple[Row, ...]] = {
             _LIFE + "a_job_that_outlasts_drain_seconds_ends_with_an_error_that_names_it_and_exit_code_0",
         ),
         Row(
-            "SIGTERM or SIGINT during the boot",
-            "it ends at once and leaves nothing",
+            "SIGTERM, SIGINT or SIGKILL during the boot",
+            "it ends at once and leaves nothing; after SIGKILL no process",
             _LIFE + "a_signal_while_the_engine_starts_ends_the_boot_at_once_without_a_word",
+        ),
+        Row(
+            "memory used up as the engine starts",
+            "the boot ends with one line that says so",
+            _FAULTS + "a_boot_that_runs_out_of_memory_says_so",
+        ),
+        Row(
+            "memory used up under load",
+            "as a dead engine: exit code 1, unread jobs are left to another worker",
+            _FAULTS + "an_engine_that_runs_out_of_memory_is_a_dead_one",
+        ),
+        Row(
+            "no temporary folder can be written",
+            "the boot ends with one line that says so",
+            _FAULTS + "a_boot_that_can_write_no_temporary_file_says_so",
         ),
         Row(
             "more jobs than the engine runs",
@@ -221,13 +243,12 @@ PARTS: dict[str, tuple[Row, ...]] = {
         Row(
             "a job delivered twice",
             "it runs once",
-            "tests/unit/jobs/test_dispatch.py::"
-            "test_a_job_that_is_delivered_again_while_it_runs_runs_once_and_again_after_its_end",
+            _DISPATCH + "a_job_that_is_delivered_again_while_it_runs_runs_once_and_again_after_its_end",
         ),
         Row(
             "a cancel that overtakes its job",
             "the job does not run",
-            "tests/unit/jobs/test_dispatch.py::test_a_cancel_that_overtakes_its_job_stops_it_and_an_old_one_does_not",
+            _DISPATCH + "a_cancel_that_overtakes_its_job_stops_it_and_an_old_one_does_not",
         ),
     ),
     "serve": (
@@ -287,9 +308,15 @@ PARTS: dict[str, tuple[Row, ...]] = {
             "tests/unit/records/test_records.py::TestUnwritable::test_it_is_said_once_and_counted_and_the_worker_serves_on",
         ),
         Row(
-            "the ledger's disk full",
-            "records on stdout, said once, answers as ever, written again once there is room",
+            "the disk of the ledger and of temporary files full",
+            "records on stdout, said once, answers as ever, grammars too, written again once there is room",
             _FAULTS + "a_full_disk_of_the_ledger_costs_records_there_and_nothing_else",
+        ),
+        Row(
+            "a disk that took half of a line",
+            "no other worker's line is spoilt",
+            "tests/unit/records/test_records.py::TestUnwritable::"
+            "test_what_a_disk_took_of_a_line_spoils_no_other_workers",
         ),
         Row(
             "a ledger moved away",
@@ -377,6 +404,113 @@ PARTS: dict[str, tuple[Row, ...]] = {
     ),
 }
 
+DEFECTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "a grammar outlived its job and slowed every later one",
+        (_BOMBS + "a_grammar_that_costs_too_much_is_refused_and_burns_nothing",),
+    ),
+    (
+        "a hung engine was never noticed, and kept SIGTERM from ending the worker",
+        (
+            _LIFE + "a_stopped_engine_fails_its_jobs_as_stalled_and_ends_the_worker_with_1",
+            _LIFE + "sigterm_ends_a_worker_whose_engine_is_stopped",
+        ),
+    ),
+    (
+        "text was doubled where the answer to a POST was lost or late",
+        (
+            "tests/loopback/jobs/test_delivery.py::test_streams_are_delivered_once_where_posts_are_refused_lost_and_late",
+            _EGRESS + "every_post_has_its_chunks_number_and_a_repeat_says_so_where_there_is_a_place_for_it",
+        ),
+    ),
+    (
+        "a refused result was never posted again; one 403 failed a job; a platform gone for 75 s lost jobs",
+        (
+            _EGRESS + "a_result_that_is_refused_is_answered_with_a_short_failure",
+            _EGRESS + "a_chunk_that_is_not_taken_is_offered_again_before_the_next",
+            _FAULTS + "a_platform_that_is_gone_for_a_while_loses_and_doubles_nothing",
+        ),
+    ),
+    (
+        "a dead engine failed unread jobs too, and an error followed `[DONE]`",
+        (
+            _LIFE + "a_killed_engine_fails_the_jobs_that_were_read_leaves_the_others_and_ends_the_worker_with_1",
+            _PLANE + "a_job_whose_engine_died_waits_again_unless_a_client_has_some_of_it",
+        ),
+    ),
+    (
+        "/tokenize and /detokenize had no limit; 9.6 MB took 1.5 GB",
+        (
+            _BAD + "an_openai_job_ends_with_an_openai_error",
+            _HOSTILE + "the_largest_jobs_take_no_more_memory_than_is_stated",
+        ),
+    ),
+    (
+        "one job of 500 completions took every slot; a runsync job whose client had left could not be found",
+        (
+            _BAD + "a_native_job_ends_with_one_json_string_that_names_the_field",
+            "tests/unit/jobs/test_request.py::test_a_job_asks_for_n_completions_of_each_prompt",
+            _SERVE + "a_job_that_its_client_has_left_is_found_and_cancelled",
+        ),
+    ),
+    (
+        "the workers' port of `serve` gave jobs to whoever asked",
+        (
+            _PLANE + "a_worker_that_has_not_its_own_key_gets_and_gives_nothing",
+            _PLANE + "a_request_under_another_name_is_refused",
+        ),
+    ),
+    (
+        "a job that was delivered twice ran twice",
+        (_DISPATCH + "a_job_that_is_delivered_again_while_it_runs_runs_once_and_again_after_its_end",),
+    ),
+    (
+        "errors of the wrong class, or about the wrong field; webhooks to private addresses",
+        (
+            _BAD + "a_native_job_ends_with_one_json_string_that_names_the_field",
+            _BAD + "an_openai_job_ends_with_an_openai_error",
+            _SERVE + "what_is_wrong_is_refused_with_its_status_and_why",
+            _SERVE + "a_webhook_leads_to_no_private_address_and_follows_no_redirect",
+        ),
+    ),
+    (
+        "Anthropic's errors became 500; an empty POST was no JSON; 405, `x-api-key` and clipped answers",
+        (
+            "tests/engine/test_openai.py::test_errors_in_anthropics_shape_keep_their_status_through_the_gateway",
+            "tests/unit/jobs/test_job.py::TestGoodInput::test_a_response_is_cancelled_by_a_post_without_a_body",
+            _SERVE + "without_the_key_there_is_nothing",
+            "tests/engine/test_answers.py::test_max_tokens_beyond_the_context_is_bounded_by_what_the_prompt_leaves",
+        ),
+    ),
+    (
+        "a cancelled request had 0 tokens beside its GPU-seconds",
+        (_ACCOUNTS + "a_call_that_is_cut_before_an_output_came_counts_the_tokens_of_its_steps",),
+    ),
+    (
+        "idle and half-sent connections stayed open without end",
+        (
+            _SERVE + "a_client_that_sends_nothing_or_half_a_request_is_cut_off",
+            _PLANE + "a_client_that_sends_nothing_or_half_a_request_is_cut_off",
+        ),
+    ),
+    (
+        "killed workers left shared memory and sockets behind",
+        (
+            "tests/loopback/test_processes.py::test_what_a_killed_worker_left_is_removed_and_what_a_living_one_uses_is_not",
+        ),
+    ),
+    (
+        "tests hung on the machine's speed",
+        (
+            "tests/engine/test_answers.py::test_the_first_token_leaves_at_once_and_the_rest_at_most_every_4_ms",
+            _LIFE + "sigterm_lets_running_and_late_jobs_end_and_exits_0_without_ever_asking_the_network",
+            "tests/engine/test_sinks.py::test_a_workers_records_and_metrics_leave_it_before_it_ends",
+            _LIFE + "a_job_that_outlasts_drain_seconds_ends_with_an_error_that_names_it_and_exit_code_0",
+        ),
+    ),
+)
+"""What was found before there was this table, in that order, and the tests that failed before it was mended."""
+
 
 def main() -> int:
     """Run the rows, keep what became of them, write the page; 1 if one failed."""
@@ -387,7 +521,7 @@ def main() -> int:
     before = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     every = [row for rows in PARTS.values() for row in rows if given.rows in row.test]
     wanted = [row for row in every if not (given.new and row.test in before)]
-    ran = _run(wanted)
+    ran = _run(wanted) if wanted else {}
     known = before | ran
     kept = {row.test: known[row.test] for rows in PARTS.values() for row in rows if row.test in known}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
@@ -441,7 +575,38 @@ def page(results: dict[str, dict[str, object]]) -> str:
             held = "holds" if result["passed"] else "**fails**"
             measured = f"{result['cases']} | {held} | {result['seconds']} | {result['day']}"
             lines.append(f"| {row.fault} | {row.promise} | {measured} | `{row.test}` |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_soak(json.loads(SOAK.read_text("utf-8"))), *_defects()]) + "\n"
+
+
+def _soak(found: dict[str, Any]) -> list[str]:
+    """Return what bench/chaos.py counted."""
+    broken = ", ".join(f"{number} × {name}" for name, number in found["faults"].items())
+    return [
+        "",
+        "## Everything at once",
+        "",
+        f"`python bench/chaos.py`: {found['requests']:,} requests to two workers, streamed and plain, native and over",
+        f"OpenAI's API, in {found['seconds']} s, a twentieth of all POSTs refused or their answers lost, and",
+        f"meanwhile: {broken}. Every answer was compared with the engine's, character by character.",
+        "",
+        f"**{found['lost']} lost, {found['doubled']} doubled, {found['out of order']} out of order.**",
+        f"{found['jobs that ended twice']} jobs ended twice, {found['jobs that did not end']} did not end,",
+        f"{found['wrong']} answers were wrong otherwise.",
+        f"{found['completed']:,} requests were answered, {found['cancelled']} cancelled by their clients;",
+        f"{found['failed and sent again']:,} times a job failed with an error that says to send it again, and was.",
+        f"Of the ledger's {found['ledger lines']:,} lines {found['torn ledger lines']} cannot be read;",
+        f"{found['completed jobs without a record']} completed jobs have no record,",
+        f"{found['records on stdout only']} only one on stdout, from when the ledger's disk was full. The rest is in",
+        "[bench/results/chaos.md](../bench/results/chaos.md).",
+    ]
+
+
+def _defects() -> list[str]:
+    """Return the defects, each with its tests."""
+    lines = ["", "## Defects, and the tests that hold them mended", "", "| defect | tests |", "|---|---|"]
+    lines += [f"| {what} | {'<br>'.join(f'`{test}`' for test in tests)} |" for what, tests in DEFECTS]
+    measured = "measured by `bench/soak.py`: [figures](../bench/results/soak.md), [why](decisions/2026-12-01-memory.md)"
+    return [*lines, f"| VLLM::Worker grew from 712 to 1,074 MB over 3,000 requests | {measured} |"]
 
 
 if __name__ == "__main__":

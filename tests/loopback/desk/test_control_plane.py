@@ -550,6 +550,23 @@ async def test_gateway_ends_a_stream_that_breaks_with_an_error_event(client: ope
     assert seen == ["one"]
 
 
+async def test_gateway_adds_nothing_to_a_stream_that_is_whole_though_its_worker_dies() -> None:
+    async with (
+        ControlPlane() as plane,
+        Gateway(plane) as gateway,
+        aiohttp.ClientSession(f"{gateway.base_url}/") as session,
+    ):
+        asking = asyncio.create_task(session.post("chat/completions", json={"stream": True}))
+        while not plane.queue:
+            await asyncio.sleep(0.01)
+        (job,) = plane.take(plane.see("worker"), 1)
+        job.add_chunk("data: {}\n\ndata: [DONE]\n\n")
+        async with await asking as answer:
+            plane.lose("worker", "it died")
+            assert await answer.text() == "data: {}\n\ndata: [DONE]\n\n"
+        assert job.state is JobState.FAILED
+
+
 async def test_gateway_cancels_the_job_of_a_client_that_leaves(plane: ControlPlane, client: openai.AsyncOpenAI) -> None:
     messages = [{"role": "user", "content": "one|WAIT|two"}]
     stream = await client.chat.completions.create(model="m", messages=messages, stream=True)

@@ -78,13 +78,16 @@ class _Events(StreamingResponse):
 
 
 async def _events(job: Job) -> AsyncIterator[bytes]:
+    whole = False
     try:
         async for chunk in job.stream():
             if not isinstance(chunk, str):
                 raise JobFailed(f"the worker yielded a {type(chunk).__name__} amid SSE text")  # noqa: TRY301
             yield chunk.encode()
+            whole = chunk.endswith("data: [DONE]\n\n")
     except JobFailed as failure:
-        yield b"data: %b\n\n" % _error_body(failure.error)[1]
+        if not whole:  # its worker may end between its last chunk and its result
+            yield b"data: %b\n\n" % _error_body(failure.error)[1]
 
 
 def error(status: int, message: str, kind: str) -> Response:
