@@ -605,7 +605,7 @@ def _defects() -> list[str]:
     """Return the defects, each with its tests."""
     lines = ["", "## Defects, and the tests that hold them mended", "", "| defect | tests |", "|---|---|"]
     lines += [f"| {what} | {'<br>'.join(f'`{test}`' for test in tests)} |" for what, tests in DEFECTS]
-    measured = "measured by `bench/soak.py`: [figures](../bench/results/soak.md), [why](decisions/2026-12-01-memory.md)"
+    measured = "measured by `bench/soak.py`, into `bench/results/soak.md`; [why](decisions/2026-12-01-memory.md)"
     return [*lines, f"| VLLM::Worker grew from 712 to 1,074 MB over 3,000 requests | {measured} |"]
 
 
