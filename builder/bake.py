@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"LLM_COMPRESSOR_LOG_DISABLED": "true", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin at barriers stop a busy machine
 sys.path[0:1] = [str(ROOT), str(ROOT / "src")]  # not builder/ itself: its modules belong to the package
 
 from blake3 import blake3  # noqa: E402 (the path is set above)
