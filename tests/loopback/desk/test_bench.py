@@ -45,6 +45,8 @@ class Server:
         self.polls: list[list[Any]] = [JOB]
         self.jobs: dict[str, list[Any]] = {}
         self.cancelled: list[str] = []
+        self.output: Any = None
+        """What a job of /runsync gives, when its status is asked for."""
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
@@ -63,6 +65,8 @@ class Server:
         app.router.add_post("/v1/completions", self._answer)
         app.router.add_get("/v2/e/health", self._models)
         app.router.add_post("/v2/e/run", self._run)
+        app.router.add_post("/v2/e/runsync", self._runsync)
+        app.router.add_get("/v2/e/status/late", self._status)
         app.router.add_get("/v2/e/stream/{job}", self._poll)
         app.router.add_post("/v2/e/cancel/{job}", self._cancel)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -93,6 +97,14 @@ class Server:
         job = str(len(self.jobs))
         self.jobs[job] = list(self.polls.pop(0) if len(self.polls) > 1 else self.polls[0])
         return web.json_response({"id": job, "status": "IN_QUEUE"})
+
+    async def _runsync(self, _: web.Request) -> web.Response:
+        if self.output is None:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        return web.json_response({"id": "late", "status": "IN_QUEUE"})
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response({"id": "late", "status": "COMPLETED", "output": self.output})
 
     async def _poll(self, request: web.Request) -> web.Response:
         left = self.jobs[request.match_info["job"]]

@@ -69,3 +69,16 @@ def test_a_key_that_is_wrong_is_said_with_its_side(
 ) -> None:
     assert main(["compare", *(side.url for side in sides), "--data", str(data), "--key", "sk-wrong"]) == 1
     assert capfd.readouterr().err.startswith(f"coldsnap: A: {sides[0].url.split('/')[2]}: HTTP 401")
+
+
+def test_a_text_is_read_though_the_job_takes_longer_than_runsync_waits(
+    sides: tuple[Server, Server], data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text('{"text": "a b c"}\n' * 5, encoding="utf-8")
+    told = {"token_logprobs": [None, -1.0, -1.0, 0.0], "top_logprobs": [None, {"b": -1.0}, {"c": -1.0}, {"d": 0.0}]}
+    for side in sides:
+        side.output = [{"choices": [{"logprobs": told}], "usage": {"prompt_tokens": 3}}]
+    assert main(["compare", *(side.endpoint for side in sides), "--data", str(data)]) == 0
+    perplexity = next(line for line in capfd.readouterr().out.splitlines() if "perplexity" in line)
+    assert "2.72" in perplexity
+    assert "no difference seen" in perplexity

@@ -6,6 +6,7 @@ raises becomes `Failed` in `foreign`, here only.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -27,6 +28,8 @@ from coldsnap.errors import BenchError
 _KEEP_SECONDS = 4.0
 """How long an idle connection is used again: uvicorn closes it after 5, and a request must not meet that."""
 _CONNECT_SECONDS = 30.0
+_STATUS_SECONDS = 1.0
+_UNFINISHED = {"IN_QUEUE", "IN_PROGRESS"}
 WANTED = "https://api.runpod.ai/v2/<endpoint>, …/v2/<endpoint>/openai/v1 or http://host:port/v1"
 
 
@@ -123,6 +126,9 @@ class Endpoint:
             return await self._call("POST", f"{(self.address.openai or '').removesuffix('/v1')}{path}", body)
         job = {"input": {"route": path, "method": "POST", "body": body}}
         ended = await self._call("POST", f"{self.address.jobs}/runsync", job)
+        while ended.get("status") in _UNFINISHED:  # a worker that boots may take longer than /runsync waits
+            await asyncio.sleep(_STATUS_SECONDS)
+            ended = await self._call("GET", f"{self.address.jobs}/status/{ended['id']}")
         if ended.get("error"):
             raise failure(ended["error"])
         answer = ended.get("output")
