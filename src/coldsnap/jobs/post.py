@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-_SECONDS = 30.0
-"""How long connecting may take, and an answer."""
+_SECONDS = 60.0
+"""How long connecting may take, and an answer: a platform that needs 30 s for each is slow and not gone."""
 _KEPT_SECONDS = 15.0
 """How long an idle connection is trusted, as in aiohttp: many servers close one after a minute or less."""
 _CONTINUE = 200
