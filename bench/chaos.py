@@ -1,6 +1,6 @@
 """Whether a token is lost, doubled or out of order while processes, disks and POSTs fail: a seeded soak.
 
-    python bench/chaos.py [--requests 20000] [--seed 1] [--out bench/results/chaos]
+    python bench/chaos.py [--requests 20000] [--seed 1] [--out bench/results/chaos]     # as root: it mounts a disk
 
 The platform of `coldsnap serve` with two workers on the real engine and the demo. Clients ask natively and by OpenAI's
 API over HTTP, streamed and plain; one in a hundred cancels. A twentieth of all POSTs is refused or its answer lost, and

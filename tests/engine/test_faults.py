@@ -138,8 +138,8 @@ async def test_a_full_disk_of_the_ledger_costs_records_there_and_nothing_else(ne
 
 INPUT = '{"input": {"prompt": "hi"}}'
 READ_ONLY = """
-for folder in /tmp /var/tmp "$PWD"; do
-    mount --bind "$folder" "$folder"; mount -o remount,ro,bind "$folder"
+for folder in /tmp /var/tmp /usr/tmp "$PWD"; do
+    if [ -d "$folder" ]; then mount --bind "$folder" "$folder"; mount -o remount,ro,bind "$folder"; fi
 done
 cd "$PWD"; exec "$@"
 """
