@@ -52,6 +52,9 @@ def test_native_jobs_are_compared_by_the_platforms_api(
     out = capfd.readouterr().out
     cost = next(line for line in out.splitlines() if "GPU-seconds" in line)
     assert "no difference seen" in cost
+    rate = next(line for line in out.splitlines() if "tokens a second" in line)
+    assert "too few pairs to say" in rate
+    assert "% to" not in rate  # nor is there an interval of so few
     assert "6 of 6 greedy answers are the same text." in out
 
 

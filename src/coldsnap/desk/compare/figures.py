@@ -20,7 +20,7 @@ from coldsnap.desk.compare.asking import Reading, Reply, Round
 from coldsnap.desk.compare.prompts import Line
 
 _DRAWS = 4000
-_LEAST = 5
+LEAST = 5
 """Pairs below which nothing is said: an interval of so few is too narrow."""
 
 Floats = NDArray[np.float64]
@@ -45,7 +45,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Say what was seen."""
-        if self.pairs < _LEAST:
+        if self.pairs < LEAST:
             return "too few pairs to say"
         if self.low <= 0 <= self.high:
             return "no difference seen"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from coldsnap.desk.bench.answer import Failed
 from coldsnap.desk.compare.asking import Reading, Reply, Round
-from coldsnap.desk.compare.figures import Difference, differences, divergence, same_answers
+from coldsnap.desk.compare.figures import LEAST, Difference, differences, divergence, same_answers
 from coldsnap.desk.compare.prompts import Line
 from coldsnap.desk.report.notation import digits, seconds
 from coldsnap.desk.report.page import templates
@@ -48,7 +48,7 @@ class Comparison:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield a row for each figure."""
         for each in differences(self.lines, self.rounds_a, self.rounds_b, self.readings):
-            interval = f"{_change(each, each.low)} to {_change(each, each.high)}"
+            interval = f"{_change(each, each.low)} to {_change(each, each.high)}" if each.pairs >= LEAST else ""
             values = (_value(each, each.a), _value(each, each.b), _change(each, each.change))
             yield each.name, str(each.pairs), *values, interval, each.verdict
 
