@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -402,6 +403,20 @@ async def test_a_client_that_sends_nothing_or_half_a_request_is_cut_off() -> Non
             assert got.startswith(status)
             assert bool(got) == bool(status)
             writer.close()
+
+
+async def test_a_poll_that_was_given_up_while_the_plane_stood_still_takes_no_job(
+    bare: tuple[ControlPlane, aiohttp.ClientSession],
+) -> None:
+    plane, _ = bare
+    job = plane.submit({})
+    port = int(plane.environment()["RUNPOD_WEBHOOK_GET_JOB"].split(":")[2].split("/")[0])
+    poll = f"GET /v2/local/job-take-batch/w1?key={KEY}&batch_size=5 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"
+    for _ in range(20):  # all within one turn of the loop
+        with socket.create_connection(("127.0.0.1", port)) as given_up:
+            given_up.sendall(poll.encode())
+    await asyncio.sleep(0.1)
+    assert job.state is JobState.IN_QUEUE
 
 
 async def test_takes_are_in_order_and_no_larger_than_asked(

@@ -30,6 +30,9 @@ from coldsnap.errors import EngineDead, EngineStalled
 
 CHUNK_LIMIT: Final = MEGABYTE
 
+_TURNS = 4
+"""Turns of the loop in which the end of a connection is seen: after this process stood still, what it reads first are
+polls whose workers have long given them up."""
 _RETIRED_POLL_SECONDS = 0.5
 _GONE: Final = 410
 LOST: Final = 504
@@ -193,6 +196,8 @@ class ControlPlane(Board):
 
     async def _held(self, bell: Bell, pending: Collection[object], worker: Worker) -> bool:
         """Hold a poll until something is pending. A worker that goes away cancels this and takes nothing."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         if worker.retired:
             await asyncio.sleep(_RETIRED_POLL_SECONDS)
         deadline, releases = time.monotonic() + self._poll_seconds, self._releases
