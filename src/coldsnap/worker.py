@@ -240,6 +240,8 @@ def _make_image(given: Mapping[str, str]) -> None:
         later.start([sys.executable, "-P", "-c", program, str(ROOT / "src")], given, folder)
     except OSError as error:
         _say(f"no process image is made: {folder}: {error.strerror}")
+    else:
+        _say("a process image is being made, some 15 s; later boots are restored from it")
 
 
 def _run_local(booted: Booted, test_input: str, given: Mapping[str, str]) -> int:
