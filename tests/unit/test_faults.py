@@ -17,9 +17,10 @@ def test_the_test_exists(test: str) -> None:
     file, *names = test.split("::")
     body = ast.parse((ROOT / file).read_text("utf-8")).body
     for name in names:
-        (node,) = (
-            each
-            for each in body
-            if isinstance(each, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and each.name == name
-        )
-        body = node.body
+        defined = {
+            node.name: node.body
+            for node in body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        assert name in defined
+        body = defined[name]
