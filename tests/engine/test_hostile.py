@@ -156,6 +156,7 @@ def thought_up() -> Iterator[tuple[str, Any]]:
         "beam search": {"use_beam_search": True, "n": 500},
         "prompt as embeddings": {"prompt_embeds": "AAAA"},
         "rank": {"data_parallel_rank": 99},
+        "an empty list for an object": {"structured_outputs": []},
         "options of a stream without one": {"stream_options": {"include_usage": True}},
         "options that are none": {
             "stream": True,
@@ -341,7 +342,9 @@ anything = st.recursive(
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES, derandomize=not WHOLE, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 @given(data=st.data())
 async def test_whatever_a_request_holds_its_error_has_a_name(
     shared_worker: Worker, route: str, data: st.DataObject
@@ -352,7 +355,9 @@ async def test_whatever_a_request_holds_its_error_has_a_name(
     assert wrong(outcome, job) is None, more
 
 
-@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES, derandomize=not WHOLE, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 @given(data=st.data())
 async def test_whatever_a_native_job_holds_its_error_has_a_name(shared_worker: Worker, data: st.DataObject) -> None:
     sampling = data.draw(st.dictionaries(st.sampled_from(sampling_fields()), anything, max_size=4))

@@ -137,7 +137,7 @@ def _parse_http(content: dict[str, Any], names: tuple[str, ...], models: tuple[s
 def _check_objects(body: dict[str, Any], where: str) -> None:
     """Check what vLLM's application takes for objects without looking, and answers with a 500."""
     for name in _OBJECTS:
-        if not isinstance(body.get(name) or {}, dict):
+        if not isinstance(body.get(name), dict | None):
             raise InvalidInput(
                 f"{where}.{name}: expected an object, found {_kind(body[name])}", param=f"{where}.{name}"
             )
